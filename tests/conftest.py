@@ -1,0 +1,69 @@
+"""What the tests share: small data, a way to run a script, the real data where they are present."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from data import sample
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def landscapes():
+    """36 training, 12 validation and 12 test pictures of the built-in kind."""
+    splits = {}
+    for number, (split, size) in enumerate({"train": 36, "val": 12, "test": 12}.items()):
+        random = np.random.default_rng([7, number])
+        labels = np.arange(size) % 6
+        pictures = [sample.draw_landscape(utils.CLASSES[label], random) for label in labels]
+        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        splits[split] = images, torch.from_numpy(labels)
+    return utils.Landscapes(splits)
+
+
+@pytest.fixture(scope="session")
+def arrays(landscapes):
+    """The same as arrays under the course's keys, channels last."""
+    result = {}
+    for split, (images, labels) in landscapes.splits.items():
+        result[f"{split}_images"] = images.permute(0, 2, 3, 1).numpy()
+        result[f"{split}_labels"] = labels.numpy()
+    return result
+
+
+@pytest.fixture(scope="session")
+def landscapes_path(arrays, tmp_path_factory):
+    """The same as an .npz file."""
+    path = tmp_path_factory.mktemp("data") / "landscapes.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real photographs and pronunciations; the test skips where it is absent."""
+    folder = Path(os.environ.get("HW2_REAL_DATA", "no such folder"))
+    if not folder.is_dir():
+        pytest.skip("HW2_REAL_DATA does not name the folder of real data")
+    return folder
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(main, argv) -> the one line on stderr with which main(argv) ends, status 2."""
+
+    def run(main, argv):
+        with pytest.raises(SystemExit) as stop:
+            utils.run_script(lambda: main([str(word) for word in argv]))
+        assert stop.value.code == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert len(errors) == 1, errors
+        assert "Traceback" not in errors[0]
+        return errors[0]
+
+    return run

@@ -1,0 +1,387 @@
+"""Loading landscapes, seeding, records and checkpoints, the command line, captured steps."""
+
+import argparse
+import io
+import math
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import utils
+from utils import UserError
+
+# ----------------------------------------------------------------------------------------------
+# loading landscapes
+
+
+def nchw(images):
+    return images.transpose(0, 3, 1, 2)
+
+
+LAYOUTS = {
+    "channels last": lambda images: images,
+    "channels first": nchw,
+    "flattened": lambda images: images.reshape(len(images), -1),
+    "floats in 0..1": lambda images: images.astype(np.float32) / 255,
+    "doubles in 0..255, channels first": lambda images: nchw(images).astype(np.float64),
+    "halves in 0..1, flattened": lambda images: (images / 255).astype(np.float16).reshape(-1, 6912),
+    "Fortran order": np.asfortranarray,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_gives_the_same_pictures(tmp_path, arrays, landscapes, layout):
+    changed = {k: layout(v) if k.endswith("images") else v for k, v in arrays.items()}
+    np.savez_compressed(tmp_path / "x.npz", **changed)
+    loaded = utils.load_landscapes(tmp_path / "x.npz")
+    for split in utils.SPLITS:
+        images, labels = loaded.splits[split]
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert torch.equal(images, landscapes.splits[split][0])
+        assert torch.equal(labels, landscapes.splits[split][1])
+    assert loaded.fingerprint == landscapes.fingerprint
+    assert loaded.name == "photographs"
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
+def test_labels_may_be_a_column_of_any_whole_numbers(tmp_path, arrays, landscapes, kind):
+    changed = {k: v[:, None].astype(kind) if k.endswith("labels") else v for k, v in arrays.items()}
+    np.savez(tmp_path / "x.npz", **changed)
+    assert utils.load_landscapes(tmp_path / "x.npz").fingerprint == landscapes.fingerprint
+
+
+def test_fingerprint_changes_with_one_pixel_and_one_label(landscapes):
+    images, labels = landscapes.splits["val"]
+    for changed in ((images.clone(), labels), (images, labels.clone())):
+        changed[0][3, 1, 5, 7] += changed[0] is not images
+        changed[1][0] += changed[1] is not labels
+        other = utils.Landscapes(landscapes.splits | {"val": changed})
+        assert other.fingerprint != landscapes.fingerprint
+
+
+def with_nan(images):
+    images = images.astype(np.float32)
+    images[0, 0, 0, 0] = math.nan
+    return images
+
+
+BAD_ARRAYS = {
+    "no key": ("val_labels", None, "has no val_labels"),
+    "pictures of 32 pixels": ("test_images", lambda a: a[:, :32, :32], "shape"),
+    "grey pictures": ("train_images", lambda a: a[..., 0], "shape"),
+    "no axis": ("train_images", lambda a: np.uint8(3), "shape"),
+    "int64 pictures": ("train_images", lambda a: a.astype(np.int64), "type int64"),
+    "pictures of strings": ("train_images", lambda a: a.astype(str), "type"),
+    "NaN": ("val_images", with_nan, "nan"),
+    "floats up to 256": ("val_images", lambda a: a.astype(np.float32) * 0 + 256, "256"),
+    "negative floats": ("val_images", lambda a: a * -1.0, "values from"),
+    "no pictures": ("val_images", lambda a: a[:0], "no pictures"),
+    "label 6": ("train_labels", lambda a: a + 1, "labels 1 to 6"),
+    "label -1": ("train_labels", lambda a: a - 1, "labels -1 to 4"),
+    "float labels": ("train_labels", lambda a: a * 1.0, "type float64"),
+    "one-hot labels": ("train_labels", lambda a: np.eye(6, dtype=int)[a], "shape"),
+    "a label too few": ("test_labels", lambda a: a[:-1], "12 test_images but 11 test_labels"),
+}
+
+
+@pytest.mark.parametrize(("key", "change", "message"), BAD_ARRAYS.values(), ids=BAD_ARRAYS)
+def test_bad_arrays_are_named(tmp_path, arrays, key, change, message):
+    changed = {k: v for k, v in arrays.items() if change or k != key}
+    if change:
+        changed[key] = change(arrays[key])
+    np.savez(tmp_path / "x.npz", **changed)
+    with pytest.raises(UserError, match=message) as error:
+        utils.load_landscapes(tmp_path / "x.npz")
+    assert "x.npz" in str(error.value)
+    assert key in str(error.value)
+
+
+class Bomb:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def write_pickle(path, arrays):
+    objects = np.array([Bomb(path.with_name("exploded"))], dtype=object)
+    np.savez(path, **arrays | {"val_images": objects})
+
+
+BAD_FILES = {
+    "missing": lambda path, arrays: None,
+    "empty": lambda path, arrays: path.write_bytes(b""),
+    "text": lambda path, arrays: path.write_text("not an npz"),
+    "a folder": lambda path, arrays: path.mkdir(),
+    "one array": lambda path, arrays: np.save(path.open("wb"), arrays["val_images"]),
+    "a bare pickle": lambda path, arrays: path.write_bytes(
+        pickle.dumps(Bomb(path.parent / "exploded"))
+    ),
+    "pickled objects": write_pickle,
+    "another zip": lambda path, arrays: zipfile.ZipFile(path, "w").writestr("a.txt", "hello"),
+}
+
+
+@pytest.mark.parametrize("write", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_named_and_never_run(tmp_path, arrays, write):
+    write(tmp_path / "x.npz", arrays)
+    with pytest.raises(UserError, match=r"x\.npz"):
+        utils.load_landscapes(tmp_path / "x.npz")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.999])
+def test_truncated_file(tmp_path, landscapes_path, share):
+    content = landscapes_path.read_bytes()
+    (tmp_path / "x.npz").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"x\.npz"):
+        utils.load_landscapes(tmp_path / "x.npz")
+
+
+def test_flipped_byte(tmp_path, landscapes_path):
+    content = bytearray(landscapes_path.read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match="CRC"):
+        utils.load_landscapes(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1", "LA"])
+def test_pictures_of_every_mode_and_size(tmp_path, mode):
+    ending = "tiff" if mode == "CMYK" else "png"
+    Image.new("RGB", (97, 33), (200, 0, 0)).convert(mode).save(tmp_path / f"x.{ending}")
+    picture = utils.read_picture(tmp_path / f"x.{ending}")
+    assert picture.dtype == torch.uint8
+    assert picture.shape == (3, 48, 48)
+
+
+def test_small_pictures_are_read_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    assert np.array_equal(utils.read_picture(file).permute(1, 2, 0), pixels)
+
+
+def test_shrinking_averages(tmp_path):
+    stripes = np.zeros((480, 480, 3), np.uint8)
+    stripes[:, ::2] = 255  # without antialiasing every pixel would be 0 or 255
+    Image.fromarray(stripes).save(tmp_path / "x.png")
+    picture = utils.read_picture(tmp_path / "x.png")
+    assert picture.min() > 110
+    assert picture.max() < 145
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 50])
+def test_broken_picture(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.png: not a readable picture"):
+        utils.read_picture(tmp_path / "x.png")
+
+
+# ----------------------------------------------------------------------------------------------
+# seeding, devices, command line
+
+
+def test_seeds_repeat_and_differ_by_seed_and_epoch():
+    def draw(*seed):
+        utils.seed_everything(*seed)
+        return tuple(torch.rand(4).tolist())
+
+    assert draw(1, 2) == draw(1, 2)
+    assert len({draw(seed, epoch) for seed in range(5) for epoch in range(5)}) == 25
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "abacus", "meta"])
+def test_a_device_that_is_not_there(name):
+    with pytest.raises(UserError, match=name):
+        utils.prepare_device(name)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "nan", "inf", "11", "1e1"])
+def test_numbers_out_of_range_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"a whole number in \[1, 10\]"):
+        utils.number(int, 1, 10)(text)
+
+
+def test_open_ends_of_ranges():
+    share = utils.number(float, 0, 1, low_open=True, high_open=True)
+    assert share("0.5") == 0.5
+    for text in ("0", "1", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"in \(0, 1\)"):
+            share(text)
+
+
+def test_unknown_option_suggests_the_nearest(capsys):
+    parser = utils.Parser(prog="x")
+    parser.add_argument("-learning_rate")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-leaning_rate", "1"])
+    assert "did you mean -learning_rate?" in capsys.readouterr().err
+
+
+def test_interrupted_script_says_how_to_go_on(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(main)
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------
+# run records and checkpoints
+
+
+def test_names_depend_on_the_configuration_alone(tmp_path):
+    config = {"options": {"lr": 0.1, "seed": 1}, "data": {"name": "a", "fingerprint": "b"}}
+    run = utils.Run("q2", config)
+    assert run.name == utils.Run("q2", dict(reversed(config.items())), tmp_path).name
+    assert run.name != utils.Run("q2", config | {"recipe": 2}).name
+
+
+def test_failed_write_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def write(file):
+        file.write_text("new, but only ha")
+        raise OSError("No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        utils.write_file(path, write)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_interrupted_write_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def write(file):
+        file.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        utils.write_file(path, write)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_writing_where_a_file_stands_in_the_way(tmp_path):
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written"):
+        utils.write_file(tmp_path / "folder" / "x", lambda file: file.write_text("x"))
+
+
+def test_record_round_trip(tmp_path):
+    record = {"config": {"seed": 1}, "history": {"loss": [0.1, 1e-300, 3.0]}, "text": "ʃ\n"}
+    utils.save_record(tmp_path / "r.json", record)
+    assert utils.load_record(tmp_path / "r.json") == record
+    assert len((tmp_path / "r.json").read_text().splitlines()) == len(record) + 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', "[" * 10**5, "\udcff"])
+def test_broken_record(tmp_path, content):
+    (tmp_path / "r.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"r\.json"):
+        utils.load_record(tmp_path / "r.json")
+
+
+def test_checkpoint_round_trip(tmp_path):
+    weights = {"w": torch.randn(3, 4), "n": torch.tensor(3)}
+    utils.save_checkpoint(tmp_path / "c.pt", config={"a": 1}, history={}, model=weights)
+    loaded = utils.load_checkpoint(tmp_path / "c.pt")
+    assert loaded["config"] == {"a": 1}
+    assert torch.equal(loaded["model"]["w"], weights["w"])
+
+
+BAD_CHECKPOINTS = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello"),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Bomb(path.parent / "exploded"))),
+    "code": lambda path: torch.save(Bomb(path.parent / "exploded"), path),
+    "another's": lambda path: torch.save({"state_dict": {}}, path),
+    "a tensor": lambda path: torch.save(torch.ones(3), path),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+@pytest.mark.parametrize("write", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
+def test_bad_checkpoints_are_named_and_never_run(tmp_path, write):
+    write(tmp_path / "c.pt")
+    with pytest.raises(UserError, match=r"c\.pt"):
+        utils.load_checkpoint(tmp_path / "c.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_truncated_checkpoint(tmp_path):
+    path = tmp_path / "c.pt"
+    utils.save_checkpoint(path, config={}, history={}, model={"w": torch.randn(1000)})
+    content = path.read_bytes()
+    for share in (0.1, 0.5, 0.95):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(UserError, match=r"c\.pt"):
+            utils.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_the_run(loss):
+    with pytest.raises(UserError, match="epoch 3"):
+        utils.check_loss(loss, 3)
+
+
+# ----------------------------------------------------------------------------------------------
+# captured steps
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(0.5), nn.Linear(7, 1))
+
+
+def train_small(graphed, device):
+    """A network trained for some steps on batches of two sizes, and its totals."""
+    model = small_network().to(device)
+    cuda = device == "cuda"
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, capturable=cuda)
+    totals = torch.zeros(1, device=device)
+
+    def step(x):
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.add_(loss.detach())
+
+    run = utils.GraphedStep(step, model, optimizer, totals) if graphed else step
+    torch.manual_seed(1)
+    for batch in torch.randn(20, 5).to(device).split(6):
+        run(batch)
+    return model, totals
+
+
+def assert_same(first, second):
+    for a, b in zip(first[0].state_dict().values(), second[0].state_dict().values()):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(first[1], second[1])
+
+
+def test_rehearsals_leave_no_trace(monkeypatch):
+    """All but the capture itself, which is CUDA's: buffers, rehearsals, putting back."""
+    monkeypatch.setattr(utils, "record_graph", lambda step, inputs: lambda: step(*inputs))
+    assert_same(train_small(True, "cpu"), train_small(False, "cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_steps_equal_plain_ones_on_cuda():
+    assert_same(train_small(True, "cuda"), train_small(False, "cuda"))

@@ -1,0 +1,534 @@
+"""What both questions share.
+
+errors, command line | seeding, devices | loading data | run records, checkpoints | plotting
+"""
+
+import argparse
+import contextlib
+import datetime
+import difflib
+import hashlib
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+ROOT = Path(__file__).resolve().parent
+SPLITS = ("train", "val", "test")
+
+# ----------------------------------------------------------------------------------------------
+# errors and the command line
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: what is wrong, where, how to mend it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest option for an unknown one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
+        )
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unknown argument {unknown[0]}{hint}")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def number(kind, low, high, low_open=False, high_open=False):
+    """An argparse type: a finite `kind` (int or float) between `low` and `high`."""
+    left, right = "(" if low_open else "[", ")" if high_open else "]"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        inside = low < value if low_open else low <= value
+        inside &= value < high if high_open else value <= high
+        if not (inside and math.isfinite(value)):
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {name} in {left}{low}, {high}{right}"
+            )
+        return value
+
+    return parse
+
+
+def run_script(main):
+    """Run `main()`; what a user can mend or asked for ends with one line and status 2 or 130."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_say(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; the same command goes on from the last finished epoch", 130))
+
+
+def _say(line, status):
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    return status
+
+
+# ----------------------------------------------------------------------------------------------
+# seeding and devices
+
+
+def seed_everything(seed, epoch=0):
+    """Seed torch, on every device, from (seed, epoch).
+
+    Each epoch starts from a seed of its own (0 is the model's initialisation), so a run that was
+    killed continues exactly where an undisturbed one would be, and no random state is ever saved.
+    """
+    torch.manual_seed(
+        int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+    )
+
+
+def prepare_device(name=None, threads=None):
+    """The torch.device called `name` (default: cuda where there is one, else cpu), set up to
+    repeat itself bit for bit; `threads` CPU threads (default: one a core).
+
+    Raises UserError if this machine lacks the device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device {name!r}: this machine or this PyTorch has none; try cpu")
+    torch.set_num_threads(threads or len(cores()))
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Only warn: max pooling's backward pass adds atomically, but its windows do not overlap.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return device
+
+
+def cores():
+    """The CPU cores this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
+    return os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
+
+
+class GraphedStep:
+    """step(*tensors), captured as one CUDA graph for each shape of its tensors and then replayed.
+
+    A small step spends most of its time launching kernels one by one; a graph launches them at
+    once. `step` reads nothing but its tensors and writes nothing but `model`, `optimizer`'s state
+    and `totals`, all of which are put back as they were after the rehearsals that CUDA needs.
+    """
+
+    def __init__(self, step, model, optimizer, totals):
+        self.step, self.model, self.optimizer, self.totals = step, model, optimizer, totals
+        self.replays = {}  # by the shapes of the tensors
+
+    def __call__(self, *tensors):
+        shapes = tuple(tensor.shape for tensor in tensors)
+        if shapes not in self.replays:
+            inputs = [tensor.clone() for tensor in tensors]
+            self._rehearse(inputs)
+            self.replays[shapes] = inputs, record_graph(self.step, inputs)
+        inputs, replay = self.replays[shapes]
+        for place, tensor in zip(inputs, tensors):
+            place.copy_(tensor)
+        replay()
+
+    @torch.no_grad()
+    def _put_back(self, before):
+        for tensor in self._state():  # what the optimizer has made meanwhile starts at zero
+            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+        self.optimizer.zero_grad()
+
+    def _rehearse(self, inputs):
+        """Run the step so that libraries choose their kernels and the optimizer makes its state."""
+        before = {tensor: tensor.detach().clone() for tensor in self._state()}
+        device = self.totals.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), on_side_stream(device):
+            for _ in range(3):
+                self.step(*inputs)
+        self._put_back(before)
+
+    def _state(self):
+        states = self.optimizer.state.values()
+        inside = [value for state in states for value in state.values() if torch.is_tensor(value)]
+        return [*self.model.parameters(), *self.model.buffers(), *inside, self.totals]
+
+
+@contextlib.contextmanager
+def on_side_stream(device):
+    """Run on a CUDA stream of its own, after what was queued before and before what comes after."""
+    if device.type != "cuda":
+        yield
+        return
+    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield
+    main.wait_stream(side)
+
+
+def record_graph(step, inputs):
+    """Capture step(*inputs) without running it; a function that runs what was captured."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*inputs)
+    return graph.replay
+
+
+# ----------------------------------------------------------------------------------------------
+# loading data
+
+CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
+SIZE = 48  # pixels, the height and width of every picture
+
+
+@dataclass
+class Landscapes:
+    """Pictures of the six classes.
+
+    splits: for 'train', 'val' and 'test', uint8 pictures (N, 3, 48, 48) and int64 labels (N,)
+    name: 'photographs' or 'sample'
+    """
+
+    splits: dict
+    name: str = "photographs"
+
+    @property
+    def fingerprint(self):
+        """12 hexadecimal digits that change with any pixel or label."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            for tensor in self.splits[split]:
+                digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:12]
+
+
+def load_landscapes(path):
+    """Read the course's .npz (keys train_images, train_labels, val_..., test_...).
+
+    Images may be (N, 48, 48, 3), (N, 3, 48, 48) or (N, 6912), which is taken as channels last, and
+    uint8 or floats in 0..1 or 0..255; labels (N,) or (N, 1). Raises UserError, naming file and key,
+    for anything else.
+    """
+    arrays = _read_npz(path, [f"{s}_{kind}" for s in SPLITS for kind in ("images", "labels")])
+    splits = {}
+    for split in SPLITS:
+        images = _as_pictures(arrays[f"{split}_images"], f"{path}: {split}_images")
+        labels = _as_labels(arrays[f"{split}_labels"], f"{path}: {split}_labels")
+        if len(images) != len(labels):
+            raise UserError(
+                f"{path}: {len(images)} {split}_images but {len(labels)} {split}_labels"
+            )
+        splits[split] = torch.from_numpy(images), torch.from_numpy(labels)
+    return Landscapes(splits)
+
+
+def _read_npz(path, keys):
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise UserError(f"{path}: not an .npz file, but a single array")
+        with file:
+            if missing := [key for key in keys if key not in file]:
+                raise UserError(f"{path}: has no {', '.join(missing)}; found: {', '.join(file)}")
+            return {key: file[key] for key in keys}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; data/README.md says how to get the data")
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,
+        SyntaxError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{path}: not a readable .npz file ({one_line(error)}); prepare it again")
+
+
+def _as_pictures(array, where):
+    """`array` in any accepted layout as contiguous uint8 (N, 3, 48, 48)."""
+    if not isinstance(array, np.ndarray) or not (
+        array.dtype == np.uint8 or array.dtype.kind == "f"
+    ):
+        raise UserError(f"{where}: type {getattr(array, 'dtype', 'unknown')}, not uint8 or floats")
+    if array.shape[1:] == (SIZE * SIZE * 3,):
+        array = array.reshape(-1, SIZE, SIZE, 3)
+    if array.shape[1:] == (SIZE, SIZE, 3):
+        array = array.transpose(0, 3, 1, 2)
+    if array.shape[1:] != (3, SIZE, SIZE):
+        raise UserError(
+            f"{where}: shape {array.shape}; expected (N, {SIZE}, {SIZE}, 3), "
+            f"(N, 3, {SIZE}, {SIZE}) or (N, {SIZE * SIZE * 3})"
+        )
+    if len(array) == 0:
+        raise UserError(f"{where}: no pictures")
+    if array.dtype.kind == "f":
+        low, high = array.min(), array.max()
+        if not (low >= 0 and high <= 255):  # also for NaN, which compares false
+            raise UserError(
+                f"{where}: values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255"
+            )
+        array = np.rint(array * (255 if high <= 1 else 1)).astype(np.uint8)
+    return np.ascontiguousarray(array)
+
+
+def _as_labels(array, where):
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
+        raise UserError(f"{where}: type {getattr(array, 'dtype', 'unknown')}, not whole numbers")
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise UserError(f"{where}: shape {array.shape}; expected (N,) or (N, 1)")
+    if len(array) and not (array.min() >= 0 and array.max() < len(CLASSES)):
+        raise UserError(f"{where}: labels {array.min()} to {array.max()}; expected 0 to 5")
+    return array.astype(np.int64)
+
+
+def read_picture(file):
+    """The picture in `file` (a path or a binary file) as a uint8 tensor (3, 48, 48), whatever its
+    size and mode. Raises UserError if Pillow cannot read it."""
+    try:
+        with Image.open(file) as picture:
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+        if picture.size != (SIZE, SIZE):
+            picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)  # antialiased
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{getattr(file, 'name', file)}: not a readable picture ({one_line(error)})"
+        )
+
+
+def picture_endings():
+    """The file name endings, such as '.jpg', of the formats that Pillow reads."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def one_line(error):
+    """An exception's text on one line, at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------------------
+# run records and checkpoints
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. Whatever can change its result is in `config`, and its name is made of
+    that: question, recipe version, options (seed among them), data name and fingerprint."""
+
+    title: str  # the readable part of the name, such as 'q2-bn-gap-lr0.01-seed42-sample'
+    config: dict
+    folder: Path = ROOT
+
+    @property
+    def name(self):
+        text = json.dumps(self.config, sort_keys=True)
+        return f"{self.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def checkpoint(self):
+        return self.folder / "checkpoints" / f"{self.name}.pt"
+
+    @property
+    def record(self):
+        return self.folder / "figures" / "runs" / f"{self.name}.json"
+
+    @property
+    def figures(self):
+        return self.folder / "figures" / self.name
+
+
+def write_file(path, write):
+    """Call `write(temporary path)`, then move the result to `path`: whole or not at all.
+
+    The temporary name is fixed, so what a killed process left is replaced by the next one. Raises
+    UserError where the file cannot be written; what stood at `path` stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        raise UserError(f"{path}: cannot be written ({one_line(error)})")
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save_record(path, record):
+    """Write a run record as JSON, one line a top-level key."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def load_record(path):
+    """Read a run record. Raises UserError if it is missing or broken."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such record")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable run record ({one_line(error)})")
+    if not isinstance(record, dict) or "config" not in record:
+        raise UserError(f"{path}: not a run record")
+    return record
+
+
+def save_checkpoint(path, **content):
+    """Write a checkpoint: tensors, numbers, strings, lists and dictionaries of them."""
+    write_file(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint without running code from it; tensors are read when first used.
+
+    Raises UserError if it is missing, broken or not one of this project's.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint")
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a readable checkpoint ({one_line(error)}); delete it")
+    if not isinstance(content, dict) or not {"config", "history", "model"} <= content.keys():
+        raise UserError(f"{path}: not a checkpoint of this project")
+    return content
+
+
+def continue_run(run, model, optimizer, restart=False):
+    """Load the unfinished run's last epoch into `model` and `optimizer`, if there is one.
+
+    Returns its history {column: [a value an epoch]} and seconds [a value an epoch]; both are empty
+    where training starts anew: no checkpoint, a finished one, or `restart`.
+    """
+    if restart or not run.checkpoint.exists():
+        return {}, []
+    saved = load_checkpoint(run.checkpoint, next(model.parameters()).device)
+    if saved["config"] != run.config:
+        raise UserError(f"{run.checkpoint}: belongs to another run; delete it")
+    if saved["finished"]:
+        return {}, []
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["history"], saved["seconds"]
+
+
+def save_run(run, model, optimizer, history, seconds, finished=False):
+    """Write the checkpoint from which `continue_run` goes on."""
+    save_checkpoint(
+        run.checkpoint,
+        config=run.config,
+        history=history,
+        seconds=seconds,
+        finished=finished,
+        model=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+    )
+
+
+def check_loss(loss, epoch):
+    """Raises UserError if an epoch's loss is not a finite number."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the training loss became {loss} in epoch {epoch}; try a lower learning rate"
+        )
+
+
+def measured(device, seconds):
+    """What differs from run to run: time, machine, versions and date."""
+    return {
+        "seconds": [round(s, 3) for s in seconds],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": _processor(),
+        "cores": len(cores()),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+# ----------------------------------------------------------------------------------------------
+# plotting
+
+# Okabe and Ito's colours, distinct for colour-blind readers too.
+BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
+)  # fmt: skip
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+}
+
+
+def figure(width=4.2, height=2.9, rows=1, columns=1, **kwargs):
+    """A new figure, `width` x `height` inches, and its axes, in the style of all figures."""
+    matplotlib.rcParams.update(STYLE)  # titles and labels look here when they are set, not before
+    new = Figure(figsize=(width, height), layout="constrained")
+    return new, new.subplots(rows, columns, **kwargs)
+
+
+def save_figure(path, fig):
+    """Write `fig` in the format that `path` ends with."""
+    write_file(path, fig.savefig)
+
+
+def plot_curves(path, title, ylabel, curves):
+    """Plot values against epochs. curves: {label: [a value an epoch]}."""
+    fig, axes = figure()
+    for (label, values), color in zip(curves.items(), (BLUE, VERMILION, GREEN)):
+        axes.plot(
+            range(1, len(values) + 1), values, color=color, label=label, marker=".", markersize=4
+        )
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(title=title, xlabel="Epoch", ylabel=ylabel)
+    if len(curves) > 1:
+        axes.legend()
+    save_figure(path, fig)
