@@ -1,0 +1,646 @@
+"""Question 2: convolutional networks that classify 48x48 photographs of six landscapes.
+
+    python hw2_q2.py -learning_rate 0.01                   batch norm + global average pooling
+    python hw2_q2.py -learning_rate 0.01 -no_batch_norm    the plain network
+    python hw2_q2.py -count_params                         the parameters of both, layer by layer
+    python hw2_q2.py -predict beach.jpg holiday/           classify your own pictures
+
+options | model | training | figures | prediction | main
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import utils
+from utils import CLASSES, SIZE, UserError
+
+RECIPE = 1  # raised when a change alters the results of a run
+DATA_PATH = utils.ROOT / "data" / "intel_landscapes.v2.npz"
+
+# ----------------------------------------------------------------------------------------------
+# options
+
+# The options that can change a run's result; its name and its record hold these.
+RUN_OPTIONS = (
+    "epochs", "batch_size", "learning_rate", "l2_decay", "dropout", "optimizer", "batch_norm",
+    "head", "pool", "kernel_size", "scramble_pixels", "seed",
+)  # fmt: skip
+
+
+def parse_options(argv=None):
+    """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
+    parser = utils.Parser(description=__doc__.partition("\n\n")[0])
+    whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "-epochs", type=whole, default=40, help="passes over the training pictures"
+    )
+    training.add_argument("-batch_size", type=whole, default=8, help="pictures a step")
+    training.add_argument("-learning_rate", type=real, default=0.01, help="step size")
+    training.add_argument(
+        "-l2_decay", type=utils.number(float, 0, 10**3), default=0.0, help="weight decay"
+    )
+    training.add_argument("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
+    training.add_argument(
+        "-seed", type=utils.number(int, 0, 2**32 - 1), default=42, help="random seed"
+    )
+    training.add_argument(
+        "-restart", action="store_true", help="forget an unfinished run, begin anew"
+    )
+
+    model = parser.add_argument_group("model")
+    dropout = utils.number(float, 0, 1, high_open=True)
+    model.add_argument("-dropout", type=dropout, default=0.1, help="share of units dropped")
+    no_norm = "the plain network: no batch norm, and a flattened head unless -head says otherwise"
+    model.add_argument("-no_batch_norm", dest="batch_norm", action="store_false", help=no_norm)
+    head = "global average pooling or flattening before the linear layers (gap with batch norm)"
+    model.add_argument("-head", choices=("gap", "flatten"), default=argparse.SUPPRESS, help=head)
+    pool = (
+        "how a block halves its map: max or average pooling, a convolution of stride 2, not at all"
+    )
+    model.add_argument("-pool", choices=("max", "avg", "stride", "none"), default="max", help=pool)
+    model.add_argument(
+        "-no_maxpool", action="store_true", help="the course's name for -pool stride"
+    )
+    model.add_argument(
+        "-kernel_size", type=int, choices=range(1, 12, 2), default=3, help="pixels, odd"
+    )
+
+    data = parser.add_argument_group("data and machine")
+    where = "an .npz of pictures (default: data/intel_landscapes.v2.npz or else a built-in sample)"
+    data.add_argument("-data_path", type=Path, default=argparse.SUPPRESS, help=where)
+    scramble = "reorder the pixels as the course's loader did by mistake"
+    data.add_argument("-scramble_pixels", action="store_true", help=scramble)
+    device = "cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)"
+    data.add_argument("-device", default=argparse.SUPPRESS, help=device)
+    threads = "CPU threads (default: one a core)"
+    data.add_argument(
+        "-threads", type=utils.number(int, 1, 1024), default=argparse.SUPPRESS, help=threads
+    )
+    folder = "where checkpoints/ and figures/ are written"
+    data.add_argument("-output_dir", type=Path, default=utils.ROOT, help=folder)
+
+    other = parser.add_argument_group("instead of training")
+    other.add_argument("-count_params", action="store_true", help="print both networks' parameters")
+    predict = "classify pictures, or all pictures in folders"
+    other.add_argument(
+        "-predict", nargs="+", type=Path, default=argparse.SUPPRESS, metavar="PATH", help=predict
+    )
+    checkpoint = "the network for -predict (default: the one with the best validation accuracy)"
+    other.add_argument(
+        "-checkpoint", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=checkpoint
+    )
+    other.add_argument("-json", action="store_true", help="print -predict's answer as JSON")
+    # The optional ones are suppressed above only to keep "(default: None)" out of the help.
+    optional = dict.fromkeys(("head", "data_path", "device", "threads", "predict", "checkpoint"))
+    options = argparse.Namespace(**optional | vars(parser.parse_args(argv)))
+    return _settle(parser, options)
+
+
+def _settle(parser, options):
+    """Derive what one option says about another; refuse what contradicts itself."""
+    if options.no_maxpool:
+        if options.pool not in ("max", "stride"):
+            parser.error(f"-no_maxpool means -pool stride, but -pool {options.pool} is given too")
+        options.pool = "stride"
+    options.head = options.head or ("gap" if options.batch_norm else "flatten")
+    if options.batch_norm and options.batch_size == 1:
+        parser.error(
+            "batch norm needs at least 2 pictures a batch: -batch_size 2 or -no_batch_norm"
+        )
+    if options.predict is None and (options.checkpoint or options.json):
+        parser.error("-checkpoint and -json go with -predict")
+    return options
+
+
+def command(options):
+    """The command line, without paths and machine, that repeats the run with these options."""
+    words = ["python hw2_q2.py"]
+    default_head = "gap" if options["batch_norm"] else "flatten"
+    defaults = vars(parse_options([])) | {"learning_rate": None, "head": default_head}
+    for name in RUN_OPTIONS:
+        value = options[name]
+        if value != defaults[name]:
+            flag = {"batch_norm": "no_batch_norm"}.get(name, name)
+            words.append(f"-{flag}" if isinstance(value, bool) else f"-{flag} {value}")
+    return " ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------
+# model
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout with its mask from torch.rand: on a CPU, Bernoulli numbers take twice as long."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        return x * torch.rand_like(x).ge_(self.p).div_(1 - self.p)
+
+
+class ConvBlock(nn.Module):
+    """Convolution -> [batch norm] -> ReLU -> pooling -> dropout.
+
+    (B, C_in, H, W) -> (B, C_out, H', W'), H' = H / 2, or H where `pool` is 'none'. Batch norm:
+    Ioffe and Szegedy 2015, section 3.2 (before the nonlinearity).
+    """
+
+    def __init__(self, in_channels, out_channels, kernel_size, batch_norm, pool, dropout):
+        super().__init__()
+        stride = 2 if pool == "stride" else 1
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2)
+        self.norm = nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity()
+        pools = {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2)}
+        self.pool = pools.get(pool, nn.Identity())
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        if isinstance(self.pool, nn.MaxPool2d):  # ReLU second: the same on a quarter of the values
+            return self.dropout(F.relu(self.pool(x)))
+        return self.dropout(self.pool(F.relu(x)))
+
+
+class _StepInBackward(torch.autograd.Function):
+    """x Wᵀ + b, whose backward pass takes plain SGD's step on W: W -= lr dyᵀ x, in place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lr):
+        ctx.save_for_backward(x, weight)
+        ctx.lr = lr
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight  # with the weight of the forward pass, so before its step
+        weight.addmm_(dy.T, x, alpha=-ctx.lr)
+        return dx, None, dy.sum(0), None
+
+
+class WideLinear(nn.Linear):
+    """nn.Linear that takes its weight's SGD step within the backward pass if `lr` is set.
+
+    The gradient, 19 MB for the plain network's fc1, is then never stored, which at batch 8 saves a
+    quarter of the whole step. The optimizer sees no gradient and leaves the weight alone.
+    """
+
+    lr = None
+
+    def forward(self, x):
+        if self.lr is None or not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        return _StepInBackward.apply(x, self.weight.detach(), self.bias, self.lr)
+
+
+class CNN(nn.Module):
+    """Three convolution blocks and three linear layers.
+
+    Pictures, float (B, 3, 48, 48) in 0..1, -> log-probabilities (B, 6). head: 'flatten' gives fc1
+    every position of the last map, 'gap' its mean over positions (Lin et al. 2013, section 3.2).
+    """
+
+    def __init__(
+        self, batch_norm=True, head="gap", pool="max", kernel_size=3, dropout=0.1,
+        channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
+    ):  # fmt: skip
+        super().__init__()
+        self.convs = nn.Sequential(*(
+            ConvBlock(c_in, c_out, kernel_size, batch_norm, pool, dropout)
+            for c_in, c_out in zip(channels, channels[1:])
+        ))  # fmt: skip
+        self.gap = nn.AdaptiveAvgPool2d(1) if head == "gap" else nn.Identity()
+        self.fc1 = WideLinear(self._features(channels[0]), fc1_out_dim)
+        self.norm = nn.BatchNorm1d(fc1_out_dim) if batch_norm else nn.Identity()
+        self.dropout = Dropout(dropout)
+        self.fc2 = nn.Linear(fc1_out_dim, fc2_out_dim)
+        self.fc3 = nn.Linear(fc2_out_dim, len(CLASSES))
+
+    @torch.no_grad()
+    def _features(self, channels):
+        """How many numbers fc1 receives of one picture."""
+        self.eval()  # leaves batch norm's statistics and the random numbers alone
+        count = self.gap(self.convs(torch.zeros(1, channels, SIZE, SIZE))).numel()
+        self.train()
+        return count
+
+    def forward(self, x):
+        x = self.convs(x)  # (B, 128, 6, 6)
+        x = self.gap(x).flatten(1)  # (B, 128) or (B, 4608)
+        x = F.relu(self.fc1(x))  # (B, 1024)
+        x = self.dropout(self.norm(x))
+        x = F.relu(self.fc2(x))  # (B, 512)
+        return F.log_softmax(self.fc3(x), dim=1)  # (B, 6)
+
+
+def build_model(options):
+    """The network that the options (a namespace or a record's dictionary) describe."""
+    options = options if isinstance(options, dict) else vars(options)
+    names = ("batch_norm", "head", "pool", "kernel_size", "dropout")
+    return CNN(**{name: options[name] for name in names}).to(memory_format=torch.channels_last)
+
+
+def count_parameters(model):
+    """How many trainable parameters `model` has."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def parameter_table(model):
+    """Rows (layer, output shape, formula, count) of every layer with parameters, in order."""
+    rows = []
+
+    def add(name, layer, shape):
+        if isinstance(layer, nn.Conv2d):
+            c_out, c_in, height, width = layer.weight.shape
+            formula = f"{c_in} x {c_out} x {height} x {width} + {c_out}"
+        elif isinstance(layer, nn.Linear):
+            formula = f"{layer.in_features} x {layer.out_features} + {layer.out_features}"
+        else:
+            formula = f"2 x {layer.num_features}"
+        rows.append((name, tuple(shape), formula, count_parameters(layer)))
+
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, _, out, name=name: add(name, layer, out.shape[1:])
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d))
+    ]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, SIZE, SIZE))
+    for hook in hooks:
+        hook.remove()
+    return rows
+
+
+def print_parameters(options):
+    """Print both networks' tables and, for the report's networks, how it came to its totals."""
+    tables = {}
+    networks = ("Plain", False, "flatten"), ("Batch norm + global average pooling", True, "gap")
+    for title, norm, head in networks:
+        rows = parameter_table(build_model(vars(options) | {"batch_norm": norm, "head": head}))
+        tables[norm] = {name: count for name, _, _, count in rows}
+        print(f"{title} network\n{'layer':14}{'output shape':16}{'formula':26}{'parameters':>10}")
+        for name, shape, formula, count in rows:
+            print(f"{name:14}{' x '.join(map(str, shape)):16}{formula:26}{count:10,}")
+        print(f"{'trainable parameters':56}{sum(tables[norm].values()):10,}\n")
+    if options.pool == "max" and options.kernel_size == 3:
+        plain, variant = sum(tables[False].values()), sum(tables[True].values())
+        output = tables[True]["fc3"]
+        norms = sum(count for name, count in tables[True].items() if "norm" in name)
+        without = f"without the output layer's {output:,}"
+        print(f"The report's {variant - output:,} is {variant:,} {without}.")
+        print(f"The report's {plain + norms - output:,} is {plain:,} {without} and with {norms:,}")
+        print("batch-norm parameters that the plain network does not have.")
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+def as_input(images):
+    """uint8 pictures (B, 3, 48, 48) as the networks see them: float in 0..1, channels last."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def scramble_pixels(images):
+    """(N, 3, 48, 48) in the order of the course's loader, which flattened channels-last pictures
+    and reshaped the rows without moving the channel axis."""
+    return images.permute(0, 2, 3, 1).reshape(images.shape)
+
+
+def make_optimizer(model, options):
+    """SGD without momentum, or Adam. On a CPU, plain SGD steps on fc1 in the backward pass."""
+    device = next(model.parameters()).device.type
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+    extra = {"capturable": True} if options.optimizer == "adam" and device == "cuda" else {}
+    if options.optimizer == "sgd" and options.l2_decay == 0 and device == "cpu":
+        model.fc1.lr = options.learning_rate
+    return kinds[options.optimizer](
+        model.parameters(),
+        lr=options.learning_rate,
+        weight_decay=options.l2_decay,
+        fused=device in ("cpu", "cuda"),
+        **extra,
+    )
+
+
+def make_step(model, optimizer, totals):
+    """A function that trains on one batch and adds (summed loss, right answers) to `totals`, on
+    the device: reading a number back would make it wait."""
+
+    def step(images, labels):
+        log_probs = model(as_input(images))  # (B, 6)
+        loss = F.nll_loss(log_probs, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        correct = (log_probs.detach().argmax(1) == labels).sum()
+        totals.add_(torch.stack((loss.detach() * len(labels), correct)))
+
+    return step
+
+
+def train_epoch(step, totals, images, labels, batch_size):
+    """One pass in random order. Returns its mean loss (nats) and its accuracy (0..1), both of the
+    network as it was at each batch, dropout included."""
+    order = torch.randperm(len(labels), device=labels.device)
+    images, labels = images[order], labels[order]
+    full, rest = divmod(len(labels), batch_size)
+    sizes = [batch_size] * full + [rest] * (rest > 0)
+    if rest == 1 and full:
+        sizes[-2:] = [batch_size + 1]  # batch norm cannot train on a batch of one picture
+    totals.zero_()
+    batches = zip(images.split(sizes), labels.split(sizes))
+    for batch in tqdm(batches, total=len(sizes), unit="batch", leave=False, disable=None):
+        step(*batch)
+    loss, accuracy = (totals / len(labels)).tolist()
+    return loss, accuracy
+
+
+@torch.inference_mode()
+def predict(model, images, batch_size=64):
+    """Log-probabilities (N, 6), on the CPU, of uint8 pictures (N, 3, 48, 48)."""
+    model.eval()
+    return torch.cat([model(as_input(batch)) for batch in images.split(batch_size)]).cpu()
+
+
+def evaluate(model, images, labels):
+    """Mean loss (nats), accuracy (0..1) and the confusion matrix, rows true, columns predicted."""
+    log_probs, labels = predict(model, images), labels.cpu()
+    pairs = labels * len(CLASSES) + log_probs.argmax(1)
+    confusion = torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
+    return {
+        "loss": F.nll_loss(log_probs, labels).item(),
+        "accuracy": confusion.trace().item() / len(labels),
+        "confusion": confusion.tolist(),
+    }
+
+
+def fit(run, model, optimizer, splits, options):
+    """Train epoch by epoch, going on after the last finished one; a checkpoint after each.
+
+    Returns history {column: [a value an epoch]} and seconds [a value an epoch]. Raises UserError
+    when the loss is no longer a number; the checkpoint of the epoch before stays.
+    """
+    history, seconds = utils.continue_run(run, model, optimizer, options.restart)
+    if seconds:
+        print(f"Going on after epoch {len(seconds)}")
+    totals = torch.zeros(2, device=splits["train"][1].device)
+    step = make_step(model, optimizer, totals)
+    if totals.is_cuda:
+        step = utils.GraphedStep(step, model, optimizer, totals)
+    for epoch in range(len(seconds) + 1, options.epochs + 1):
+        started = time.perf_counter()
+        utils.seed_everything(options.seed, epoch)
+        model.train()
+        loss, accuracy = train_epoch(step, totals, *splits["train"], options.batch_size)
+        utils.check_loss(loss, epoch)
+        valid = evaluate(model, *splits["val"])
+        row = {"train_loss": loss, "train_accuracy": accuracy}
+        row |= {"val_loss": valid["loss"], "val_accuracy": valid["accuracy"]}
+        for column, value in row.items():
+            history.setdefault(column, []).append(value)
+        seconds.append(time.perf_counter() - started)
+        scores = f"Training loss: {loss:.4f}  Training acc: {accuracy:.4f}"
+        scores += f"  Valid acc: {valid['accuracy']:.4f}  ({seconds[-1]:.1f} s)"
+        print(f"Epoch {epoch:2}/{options.epochs}  {scores}", flush=True)
+        utils.save_run(run, model, optimizer, history, seconds)
+    return history, seconds
+
+
+def train(options):
+    """Train one network, score it once on the test pictures, write record, figures, checkpoint."""
+    data, device = load_data(options), utils.prepare_device(options.device, options.threads)
+    run = make_run(options, data)
+    utils.seed_everything(options.seed)
+    model = build_model(options).to(device)
+    optimizer = make_optimizer(model, options)
+    print(f"Run {run.name}\nTrainable parameters: {count_parameters(model):,}", flush=True)
+
+    splits = {}
+    for split, (images, labels) in data.splits.items():
+        images = scramble_pixels(images) if options.scramble_pixels else images
+        splits[split] = images.to(device, memory_format=torch.channels_last), labels.to(device)
+    history, seconds = fit(run, model, optimizer, splits, options)
+
+    final = {split: evaluate(model, *splits[split]) for split in utils.SPLITS}
+    mark = " (built-in sample)" if data.name == "sample" else ""
+    print(f"Valid acc: {final['val']['accuracy']:.4f}{mark}")
+    print(f"Final Test acc: {final['test']['accuracy']:.4f}{mark}")
+    record = {
+        "command": command(run.config["options"]),
+        "config": run.config,
+        "parameters": count_parameters(model),
+        "history": history,
+        "final": final,
+        "measured": utils.measured(device, seconds),
+    }
+    utils.save_record(run.record, record)
+    draw_figures(run.figures, record, model, *data.splits["test"], splits["test"][0])
+    utils.save_run(run, model, optimizer, history, seconds, finished=True)
+    print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
+
+
+def load_data(options):
+    """The pictures of -data_path, or of its default place, or else the built-in sample."""
+    path = options.data_path or DATA_PATH
+    if options.data_path or path.exists():
+        return utils.load_landscapes(path)
+    print(
+        "No photographs found: training on the built-in SAMPLE of drawn landscapes.\n"
+        "  To get the photographs: python -m data.prepare_landscapes --download"
+    )
+    from data.sample import draw_landscapes
+
+    return draw_landscapes()
+
+
+def make_run(options, data):
+    """The utils.Run of these options on these data."""
+    config = {
+        "question": "q2",
+        "recipe": RECIPE,
+        "options": {name: getattr(options, name) for name in RUN_OPTIONS},
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+    }
+    norm = "bn" if options.batch_norm else "plain"
+    scrambled = "-scrambled" if options.scramble_pixels else ""
+    what = f"q2-{norm}-{options.head}-lr{options.learning_rate:g}{scrambled}"
+    return utils.Run(f"{what}-seed{options.seed}-{data.name}", config, options.output_dir)
+
+
+# ----------------------------------------------------------------------------------------------
+# figures
+
+
+def draw_figures(folder, record, model, images, labels, inputs):
+    """Draw a single run's figures into `folder`. images: as they are to look at; inputs: as the
+    network sees them."""
+    title = run_title(record["config"])
+    history, final = record["history"], record["final"]
+    loss = {"training": history["train_loss"]}
+    utils.plot_curves(folder / "training-loss.png", title, "Training loss (nats)", loss)
+    accuracy = {"validation": history["val_accuracy"]}
+    utils.plot_curves(folder / "validation-accuracy.png", title, "Validation accuracy", accuracy)
+    draw_confusion(folder / "confusion-matrix.png", title, final["test"]["confusion"])
+    shown = [i for c in range(len(CLASSES)) for i in (labels == c).nonzero()[:4, 0].tolist()]
+    predicted = predict(model, inputs[shown]).argmax(1)
+    draw_pictures(folder / "test-pictures.png", title, images[shown], labels[shown], predicted)
+
+
+def run_title(config):
+    """What a figure says above itself about the run."""
+    options = config["options"]
+    norm = "batch norm" if options["batch_norm"] else "no batch norm"
+    head = {"gap": "global average pooling", "flatten": "flattened head"}[options["head"]]
+    scrambled = ", scrambled pixels" if options["scramble_pixels"] else ""
+    sample = "\n(built-in sample, not photographs)" if config["data"]["name"] == "sample" else ""
+    return f"{norm}, {head}, lr = {options['learning_rate']:g}{scrambled}{sample}"
+
+
+def draw_confusion(path, title, confusion):
+    """Draw a confusion matrix (6, 6): counts in the cells, each class's recall beside it."""
+    confusion = torch.tensor(confusion)
+    recall = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    fig, axes = utils.figure(5.0, 3.9)
+    axes.grid(False)
+    image = axes.imshow(recall.numpy(), cmap="Blues", vmin=0, vmax=1)
+    for row in range(len(CLASSES)):
+        for column in range(len(CLASSES)):
+            color = "white" if recall[row, column] > 0.6 else "black"
+            count = confusion[row, column].item()
+            axes.text(column, row, count, ha="center", va="center", color=color)
+    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=35, ha="right")
+    names = [f"{name}\nrecall {recall[i, i]:.2f}" for i, name in enumerate(CLASSES)]
+    axes.set_yticks(range(len(CLASSES)), names)
+    axes.set(title=title, xlabel="Predicted class", ylabel="True class (test pictures)")
+    fig.colorbar(image, label="Share of the true class", shrink=0.85)
+    utils.save_figure(path, fig)
+
+
+def draw_pictures(path, title, images, labels, predicted):
+    """Draw pictures (N, 3, 48, 48), four to a column, with true and predicted classes."""
+    columns = math.ceil(len(images) / 4)
+    fig, grid = utils.figure(1.05 * columns, 5.4, 4, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, image, true, guess in zip(grid.T.flat, images, labels, predicted):
+        axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+        right = true == guess
+        text = CLASSES[true] if right else f"{CLASSES[true]}\nnot {CLASSES[guess]}"
+        axes.set_title(text, fontsize=7, color="black" if right else utils.VERMILION)
+    legend = "above each test picture its true class, in red where the prediction is another"
+    fig.suptitle(f"{title}\n{legend}", fontsize=8)
+    utils.save_figure(path, fig)
+
+
+# ----------------------------------------------------------------------------------------------
+# prediction
+
+
+def best_checkpoint(folder):
+    """The checkpoint in `folder` with the highest validation accuracy; one trained on the built-in
+    sample only where there is no other. Raises UserError if there is none."""
+    found = []
+    for path in sorted(folder.glob("q2-*.pt")):
+        saved = utils.load_checkpoint(path)
+        real = saved["config"]["data"]["name"] != "sample"
+        found.append((real, saved["history"]["val_accuracy"][-1], path))
+    if not found:
+        raise UserError(f"{folder}: no network there yet; train one with python hw2_q2.py")
+    return max(found)[-1]
+
+
+def load_network(path, device="cpu"):
+    """The network of a checkpoint, ready to predict, and the checkpoint's contents."""
+    saved = utils.load_checkpoint(path, device)
+    try:
+        model = build_model(saved["config"]["options"])
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a network of question 2 ({utils.one_line(error)})")
+    return model.to(device).eval(), saved
+
+
+def find_pictures(paths):
+    """The files among `paths` and, by their ending, all pictures in the folders among them."""
+    endings = utils.picture_endings()
+    found = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file()
+            )
+            if not inside:
+                raise UserError(f"{path}: no pictures in this folder")
+            found += inside
+        else:
+            found.append(path)
+    return found
+
+
+def classify(options):
+    """Print class and probabilities of the pictures under -predict, as a table or as JSON."""
+    path = options.checkpoint or best_checkpoint(options.output_dir / "checkpoints")
+    device = utils.prepare_device(options.device, options.threads)
+    model, saved = load_network(path, device)
+    pictures = find_pictures(options.predict)
+    images = torch.stack(
+        [utils.read_picture(picture) for picture in tqdm(pictures, leave=False, disable=None)]
+    )
+    if saved["config"]["options"]["scramble_pixels"]:
+        images = scramble_pixels(images)
+    rows = predict(model, images.to(device)).exp().tolist()
+
+    sample = (
+        ", trained on the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else ""
+    )
+    accuracy = saved["history"]["val_accuracy"][-1]
+    print(f"Network: {path} (validation accuracy {accuracy:.4f}{sample})", file=sys.stderr)
+    answers = [
+        {
+            "picture": str(picture),
+            "class": CLASSES[max(range(len(row)), key=row.__getitem__)],
+            "probabilities": dict(zip(CLASSES, row)),
+        }
+        for picture, row in zip(pictures, rows)
+    ]
+    if options.json:
+        print(json.dumps(answers, indent=1, ensure_ascii=False))
+        return
+    width = max(len("picture"), *(len(answer["picture"]) for answer in answers))
+    print(f"{'picture':{width}}  {'class':9}  " + " ".join(f"{name:>9}" for name in CLASSES))
+    for answer in answers:
+        shares = " ".join(f"{share:9.3f}" for share in answer["probabilities"].values())
+        print(f"{answer['picture']:{width}}  {answer['class']:9}  {shares}")
+
+
+# ----------------------------------------------------------------------------------------------
+# main
+
+
+def main(argv=None):
+    """Do what the command line asks for."""
+    options = parse_options(argv)
+    if options.count_params:
+        print_parameters(options)
+    elif options.predict:
+        classify(options)
+    else:
+        train(options)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,534 @@
+"""Question 2: options, networks, training, continuing, figures, prediction."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import hw2_q2
+import utils
+from utils import CLASSES
+
+# ----------------------------------------------------------------------------------------------
+# options
+
+
+def options(*argv):
+    return hw2_q2.parse_options([str(word) for word in argv])
+
+
+def test_defaults_are_the_recipe():
+    o = options()
+    assert (o.epochs, o.batch_size, o.learning_rate, o.l2_decay) == (40, 8, 0.01, 0)
+    assert (o.dropout, o.optimizer, o.batch_norm, o.head, o.pool) == (
+        0.1,
+        "sgd",
+        True,
+        "gap",
+        "max",
+    )
+
+
+def test_one_option_decides_for_another():
+    assert options("-no_batch_norm").head == "flatten"
+    assert options("-no_batch_norm", "-head", "gap").head == "gap"
+    assert options("-head", "flatten").batch_norm
+    assert options("-no_maxpool").pool == "stride"
+
+
+BAD_OPTIONS = [
+    "-epochs 0", "-epochs 1.5", "-epochs many", "-batch_size 0", "-batch_size 1",
+    "-learning_rate 0", "-learning_rate -1", "-learning_rate nan", "-learning_rate inf",
+    "-l2_decay -1", "-dropout 1", "-dropout -0.1", "-optimizer rmsprop", "-head mean",
+    "-kernel_size 4", "-kernel_size 0", "-pool avg -no_maxpool", "-seed -1", "-threads 0",
+    "-device abacus", "-data_path no/such/file.npz", "-json", "-checkpoint x.pt", "-predict",
+    "-predict no/such/picture.jpg -checkpoint none.pt", "-epoch", "-leaning_rate 1", "train",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_OPTIONS)
+def test_bad_options_end_with_one_line(line, fails):
+    fails(hw2_q2.main, line.split())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-learning_rate 0.01",
+        "-learning_rate 0.1 -no_batch_norm -seed 3",
+        "-learning_rate 0.01 -no_batch_norm -head gap -scramble_pixels",
+        "-learning_rate 0.001 -optimizer adam -pool avg -kernel_size 5",
+    ],
+)
+def test_the_recorded_command_repeats_the_run(line):
+    chosen = {name: getattr(options(*line.split()), name) for name in hw2_q2.RUN_OPTIONS}
+    command = hw2_q2.command(chosen)
+    assert command.startswith("python hw2_q2.py -learning_rate ")
+    assert set(command.split()[2:]) == set(line.split())
+    again = options(*command.split()[2:])
+    assert {name: getattr(again, name) for name in hw2_q2.RUN_OPTIONS} == chosen
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as stop:
+        options("-h")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in hw2_q2.RUN_OPTIONS:
+        assert f"-{'no_batch_norm' if name == 'batch_norm' else name}" in text
+    assert "default: 0.01" in text
+
+
+# ----------------------------------------------------------------------------------------------
+# networks
+
+
+@pytest.mark.parametrize(
+    ("argv", "count"),
+    [
+        (["-no_batch_norm"], 5_340_742),
+        ([], 755_718),
+        (["-head", "flatten"], 5_340_742 + 2 * (32 + 64 + 128) + 2 * 1024),
+        (["-no_batch_norm", "-head", "gap"], 755_718 - 2_496),
+        (["-no_batch_norm", "-no_maxpool"], 5_340_742),
+        (["-kernel_size", "5"], 755_718 + 16 * (3 * 32 + 32 * 64 + 64 * 128)),
+    ],
+)
+def test_parameter_counts(argv, count):
+    model = hw2_q2.build_model(options(*argv))
+    assert hw2_q2.count_parameters(model) == count
+    assert sum(row[-1] for row in hw2_q2.parameter_table(model)) == count
+
+
+def test_parameter_table_by_hand():
+    rows = hw2_q2.parameter_table(hw2_q2.build_model(options()))
+    assert [(shape, count) for _, shape, _, count in rows] == [
+        ((32, 48, 48), 896), ((32, 48, 48), 64), ((64, 24, 24), 18_496), ((64, 24, 24), 128),
+        ((128, 12, 12), 73_856), ((128, 12, 12), 256), ((1024,), 132_096), ((1024,), 2_048),
+        ((512,), 524_800), ((6,), 3_078),
+    ]  # fmt: skip
+    for _, _, formula, count in rows:
+        assert eval(formula.replace("x", "*")) == count
+
+
+def test_count_params_explains_the_reports_totals(capsys):
+    hw2_q2.main(["-count_params"])
+    lines = capsys.readouterr().out.splitlines()
+    totals = [line.split()[-1] for line in lines if line.startswith("trainable")]
+    assert totals == ["5,340,742", "755,718"]
+    text = " ".join(lines)
+    assert "The report's 752,640 is 755,718 without the output layer's 3,078." in text
+    assert "The report's 5,340,160 is 5,340,742 without the output layer's 3,078 and with" in text
+    assert "2,496 batch-norm parameters" in text
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", "stride", "none"])
+@pytest.mark.parametrize("head", ["gap", "flatten"])
+@pytest.mark.parametrize("norm", [[], ["-no_batch_norm"]])
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_forward_shapes(pool, head, norm, kernel):
+    if pool == "none" and head == "flatten":
+        pytest.skip("302 million parameters")
+    model = hw2_q2.build_model(options("-pool", pool, "-head", head, "-kernel_size", kernel, *norm))
+    side = 48 if pool == "none" else 6
+    images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    assert model.convs(hw2_q2.as_input(images)).shape == (2, 128, side, side)
+    log_probs = model(hw2_q2.as_input(images))
+    assert log_probs.shape == (2, 6)
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(2))
+
+
+def test_convolution_block_by_hand():
+    """One 2x2 picture, one 3x3 kernel of ones: every output is the sum 10 of the picture, plus
+    the bias; batch norm (in evaluation, unit statistics) scales by 1 / sqrt(1 + 1e-5)."""
+    image = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    block = hw2_q2.ConvBlock(1, 2, kernel_size=3, batch_norm=True, pool="max", dropout=0.5).eval()
+    with torch.no_grad():
+        block.conv.weight.fill_(1)
+        block.conv.bias.copy_(torch.tensor([-4.0, -40.0]))
+    expected = torch.tensor([[[[6 / math.sqrt(1 + 1e-5)]], [[0.0]]]])
+    torch.testing.assert_close(block(image), expected)
+
+
+def test_average_pooling_comes_after_relu():
+    block = hw2_q2.ConvBlock(1, 1, kernel_size=1, batch_norm=False, pool="avg", dropout=0)
+    with torch.no_grad():
+        block.conv.weight.fill_(1)
+        block.conv.bias.zero_()
+    image = torch.tensor([[[[8.0, -8.0], [4.0, -100.0]]]])
+    assert block(image).item() == 3  # (8 + 0 + 4 + 0) / 4
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_pooling_before_relu_is_the_textbook_block(norm):
+    """Values and gradients are those of convolution -> norm -> ReLU -> max pooling."""
+    torch.manual_seed(0)
+    block = hw2_q2.ConvBlock(3, 5, kernel_size=3, batch_norm=norm, pool="max", dropout=0)
+    x = torch.randn(4, 3, 8, 8)
+    textbook = F.max_pool2d(F.relu(block.norm(block.conv(x))), 2)
+    ours = block(x)
+    assert torch.equal(ours, textbook)
+    parameters = list(block.parameters())
+    direction = torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters, direction),
+        torch.autograd.grad(textbook, parameters, direction),
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_dropout_keeps_the_right_share_and_the_mean():
+    torch.manual_seed(0)
+    dropout = hw2_q2.Dropout(0.1)
+    x = torch.ones(1000, 1000)
+    dropped = dropout(x)
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
+    assert dropped.max().item() == pytest.approx(1 / 0.9)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.002)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_the_step_in_the_backward_pass_is_sgds():
+    """Some steps of the plain network with fc1's fast step and with the optimizer's alone."""
+
+    def train(fast):
+        torch.manual_seed(0)
+        o = options("-no_batch_norm", "-learning_rate", 0.1)
+        model = hw2_q2.build_model(o)
+        optimizer = hw2_q2.make_optimizer(model, o)
+        assert model.fc1.lr == 0.1
+        if not fast:
+            model.fc1.lr = None
+        step = hw2_q2.make_step(model, optimizer, torch.zeros(2))
+        torch.manual_seed(1)
+        for _ in range(4):
+            step(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8), torch.arange(8) % 6)
+        return model.state_dict()
+
+    slow = train(False)
+    for name, weights in train(True).items():
+        torch.testing.assert_close(weights, slow[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("argv", [["-optimizer", "adam"], ["-l2_decay", "0.1"]])
+def test_other_optimizers_see_fc1s_gradient(argv):
+    o = options(*argv)
+    model = hw2_q2.build_model(o)
+    step = hw2_q2.make_step(model, hw2_q2.make_optimizer(model, o), torch.zeros(2))
+    step(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8), torch.arange(8) % 6)
+    assert model.fc1.weight.grad.abs().sum() > 0
+
+
+def test_scrambling_is_the_courses():
+    picture = torch.arange(2 * 3 * 48 * 48).reshape(2, 3, 48, 48)
+    flat = picture.permute(0, 2, 3, 1).flatten(1)  # as the course's file has it
+    scrambled = hw2_q2.scramble_pixels(picture)
+    assert torch.equal(scrambled.flatten(1), flat)
+    assert not torch.equal(scrambled, picture)
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+@pytest.fixture
+def train(landscapes_path, tmp_path):
+    """train(argv...) -> (record, checkpoint) of a run of two epochs on the small data."""
+
+    def run(*argv, folder="out"):
+        out = tmp_path / folder
+        argv = ["-data_path", landscapes_path, "-output_dir", out, "-threads", 1, *argv]
+        hw2_q2.main([str(word) for word in ("-epochs", 2, *argv)])
+        (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*")
+        return utils.load_record(record), utils.load_checkpoint(checkpoint)
+
+    return run
+
+
+def without_measured(record):
+    return {key: value for key, value in record.items() if key != "measured"}
+
+
+def assert_equal_weights(first, second):
+    assert first["model"].keys() == second["model"].keys()
+    for name, weights in first["model"].items():
+        assert torch.equal(weights, second["model"][name]), name
+
+
+def test_record_figures_and_output_of_a_run(train, tmp_path, capsys):
+    record, _ = train("-learning_rate", 0.02)
+    output = capsys.readouterr().out
+    assert "Trainable parameters: 755,718" in output
+    assert "Training loss: " in output
+    final = record["final"]
+    assert f"Valid acc: {final['val']['accuracy']:.4f}\n" in output
+    assert f"Final Test acc: {final['test']['accuracy']:.4f}\n" in output
+    assert record["command"] == "python hw2_q2.py -epochs 2 -learning_rate 0.02"
+    assert record["config"]["data"]["name"] == "photographs"
+    assert str(tmp_path) not in json.dumps(record)
+    history = record["history"]
+    assert list(history) == ["train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+    assert all(len(column) == 2 for column in history.values())
+    assert history["val_accuracy"][-1] == final["val"]["accuracy"]
+    for split, size in (("train", 36), ("val", 12), ("test", 12)):
+        confusion = torch.tensor(final[split]["confusion"])
+        assert confusion.shape == (6, 6)
+        assert confusion.sum(1).tolist() == [size // 6] * 6
+        assert confusion.trace() / size == pytest.approx(final[split]["accuracy"])
+    (folder,) = (tmp_path / "out" / "figures").glob("q2-*")
+    names = {"training-loss", "validation-accuracy", "confusion-matrix", "test-pictures"}
+    assert {path.stem for path in folder.iterdir()} == names
+    for path in folder.iterdir():
+        assert Image.open(path).width >= 600
+
+
+def test_training_loss_is_each_epochs_own(landscapes):
+    """A step that is told what to add: the mean is over this epoch's pictures alone."""
+    totals = torch.zeros(2)
+    seen = []
+
+    def step(images, labels):
+        seen.append(len(labels))
+        totals.add_(torch.tensor([2.0 * len(labels), 1.0]))
+
+    for _ in range(2):
+        result = hw2_q2.train_epoch(step, totals, *landscapes.splits["train"], batch_size=5)
+        assert result == pytest.approx((2.0, 7 / 36))
+    assert seen == [5, 5, 5, 5, 5, 5, 6] * 2  # no batch of a single picture
+
+
+def test_an_epoch_shows_every_picture_once(landscapes):
+    images, labels = landscapes.splits["train"]
+    seen = []
+    totals = torch.zeros(2)
+    hw2_q2.train_epoch(lambda x, y: seen.append((x, y)), totals, images, labels, batch_size=8)
+    assert [len(y) for _, y in seen] == [8, 8, 8, 8, 4]
+    pixels = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels)}
+    shown = {x.numpy().tobytes(): int(y) for xs, ys in seen for x, y in zip(xs, ys)}
+    assert shown == pixels
+
+
+def test_evaluation_by_hand():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return torch.log(torch.tensor([[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]])).repeat(len(x), 1)
+
+    images = torch.zeros(100, 3, 48, 48, dtype=torch.uint8)
+    labels = torch.tensor([0] * 70 + [3] * 30)
+    result = hw2_q2.evaluate(Fixed(), images, labels)
+    assert result["accuracy"] == 0.7
+    assert result["loss"] == pytest.approx(-0.7 * math.log(0.5) - 0.3 * math.log(0.1))
+    assert result["confusion"][0][0] == 70
+    assert result["confusion"][3][0] == 30
+
+
+@pytest.mark.parametrize(
+    "argv", [["-no_batch_norm", "-optimizer", "adam", "-learning_rate", 0.001], []]
+)
+def test_loss_falls(train, argv):
+    losses = train(*argv, "-epochs", 12, "-dropout", 0)[0]["history"]["train_loss"]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_same_run_twice_gives_the_same_bits(train):
+    first, second = train(folder="a"), train(folder="b")
+    assert_equal_weights(first[1], second[1])
+    assert without_measured(first[0]) == without_measured(second[0])
+    other = train("-seed", 1, folder="c")
+    assert not torch.equal(other[1]["model"]["fc3.weight"], first[1]["model"]["fc3.weight"])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("argv", [[], ["-optimizer", "adam"], ["-no_batch_norm"]], ids=str)
+@pytest.mark.parametrize("moment", ["after an epoch", "within an epoch", "before the end"])
+def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, argv, moment):
+    """Killed after epoch 2, within epoch 3, or between the last epoch and the record."""
+    argv = ["-epochs", 4, *argv]
+    calls = {"epochs": 0}
+    real_save, real_epoch, real_record = utils.save_run, hw2_q2.train_epoch, utils.save_record
+
+    def save(*args, **kwargs):
+        real_save(*args, **kwargs)
+        calls["epochs"] += 1
+        if moment == "after an epoch" and calls["epochs"] == 2:
+            raise Killed
+
+    def epoch(step, *args):
+        def dying(*batch):
+            step(*batch)
+            if moment == "within an epoch" and calls["epochs"] == 2:
+                raise Killed
+
+        return real_epoch(dying, *args)
+
+    def record(*args):
+        if moment == "before the end":
+            raise Killed
+        real_record(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save_run", save)
+        patch.setattr(hw2_q2, "train_epoch", epoch)
+        patch.setattr(utils, "save_record", record)
+        with pytest.raises(Killed):
+            train(*argv)
+    capsys.readouterr()
+    continued = train(*argv)
+    done = 4 if moment == "before the end" else 2
+    assert f"Going on after epoch {done}" in capsys.readouterr().out
+    whole = train(*argv, folder="undisturbed")
+    assert_equal_weights(continued[1], whole[1])
+    assert without_measured(continued[0]) == without_measured(whole[0])
+    assert len(continued[0]["measured"]["seconds"]) == 4
+
+
+def test_a_finished_run_and_restart_begin_anew(train, monkeypatch, capsys):
+    first = train()
+    again = train()
+    assert "Going on" not in capsys.readouterr().out
+    assert_equal_weights(first[1], again[1])
+
+    def stop(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save_record", stop)
+        with pytest.raises(Killed):
+            train()
+    train("-restart")
+    assert "Going on" not in capsys.readouterr().out
+
+
+def test_a_broken_checkpoint_of_the_run_is_named(train, tmp_path, landscapes_path, fails):
+    train()
+    (path,) = tmp_path.glob("out/checkpoints/*")
+    path.write_bytes(path.read_bytes()[:1000])
+    argv = ["-epochs", 2, "-data_path", landscapes_path, "-output_dir", tmp_path / "out"]
+    assert path.name in fails(hw2_q2.main, argv)
+
+
+def test_a_loss_that_explodes_stops_the_run(landscapes_path, tmp_path, fails):
+    argv = ["-data_path", landscapes_path, "-output_dir", tmp_path, "-learning_rate", 1000]
+    assert "try a lower learning rate" in fails(hw2_q2.main, [*argv, "-no_batch_norm"])
+    assert not (tmp_path / "figures").exists()
+
+
+def test_without_photographs_the_sample_is_used_and_marked(
+    tmp_path, monkeypatch, capsys, landscapes
+):
+    monkeypatch.setattr(hw2_q2, "DATA_PATH", tmp_path / "none.npz")
+    small = utils.Landscapes(landscapes.splits, "sample")
+    monkeypatch.setattr("data.sample.draw_landscapes", lambda: small)
+    hw2_q2.main(["-epochs", "1", "-output_dir", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "built-in SAMPLE" in output
+    assert "python -m data.prepare_landscapes --download" in output
+    assert output.count("(built-in sample)") == 2
+    (record,) = tmp_path.glob("figures/runs/*-sample-*.json")
+    assert utils.load_record(record)["config"]["data"]["name"] == "sample"
+
+
+def test_other_data_is_another_run(train, tmp_path, arrays):
+    first = train()[0]
+    np.savez(tmp_path / "other.npz", **arrays | {"test_labels": 5 - arrays["test_labels"]})
+    second = train("-data_path", tmp_path / "other.npz", folder="b")[0]
+    assert first["config"]["options"] == second["config"]["options"]
+    assert first["config"]["data"] != second["config"]["data"]
+
+
+def test_scrambled_pixels_change_the_training(train):
+    first, second = train(), train("-scramble_pixels", folder="b")
+    assert first[0]["history"] != second[0]["history"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("argv", [[], ["-no_batch_norm"], ["-optimizer", "adam"]], ids=str)
+def test_cuda_repeats_itself(train, argv):
+    first, second = (train("-device", "cuda", *argv, folder=folder) for folder in "ab")
+    assert_equal_weights(first[1], second[1])
+
+
+# ----------------------------------------------------------------------------------------------
+# prediction
+
+
+@pytest.fixture
+def trained(train, tmp_path):
+    train()
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def pictures(tmp_path, landscapes):
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    for i, image in enumerate(landscapes.splits["test"][0][:3]):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture.save(folder / ("deeper" if i else ".") / f"{i}.png")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def test_predictions_are_the_networks(trained, pictures, landscapes, capsys):
+    hw2_q2.main(["-predict", str(pictures), "-json", "-output_dir", str(trained)])
+    out, err = capsys.readouterr()
+    answers = json.loads(out)
+    assert [answer["picture"][-5:] for answer in answers] == ["0.png", "1.png", "2.png"]
+    (checkpoint,) = trained.glob("checkpoints/*")
+    assert f"Network: {checkpoint}" in err
+    model, _ = hw2_q2.load_network(checkpoint)
+    expected = hw2_q2.predict(model, landscapes.splits["test"][0][:3]).exp()
+    for answer, row in zip(answers, expected):
+        probabilities = list(answer["probabilities"].values())
+        assert list(answer["probabilities"]) == list(CLASSES)
+        assert probabilities == pytest.approx(row.tolist(), abs=1e-5)
+        assert answer["class"] == CLASSES[row.argmax()]
+
+
+def test_predictions_as_a_table(trained, pictures, capsys):
+    paths = [str(pictures / "0.png"), str(pictures / "deeper")]
+    hw2_q2.main(["-predict", *paths, "-output_dir", str(trained)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line in lines[1:]:
+        _, name, *shares = line.split()
+        assert CLASSES[np.argmax([float(share) for share in shares])] == name
+        assert sum(map(float, shares)) == pytest.approx(1, abs=0.004)
+
+
+def test_the_best_checkpoint_on_photographs_is_chosen(tmp_path):
+    def save(name, data, *accuracies):
+        utils.save_checkpoint(
+            tmp_path / f"q2-{name}.pt",
+            config={"data": {"name": data}},
+            history={"val_accuracy": list(accuracies)},
+            model={},
+        )
+
+    save("sample", "sample", 0.99)
+    assert hw2_q2.best_checkpoint(tmp_path).name == "q2-sample.pt"
+    save("a", "photographs", 0.9, 0.6)  # its weights are the last epoch's
+    save("b", "photographs", 0.5, 0.7)
+    assert hw2_q2.best_checkpoint(tmp_path).name == "q2-b.pt"
+
+
+def test_bad_predictions(trained, pictures, tmp_path, fails):
+    out = ["-output_dir", trained]
+    (pictures / "bad.png").write_bytes(b"hello")
+    assert "bad.png: not a readable picture" in fails(hw2_q2.main, ["-predict", pictures, *out])
+    assert "none.jpg" in fails(hw2_q2.main, ["-predict", "none.jpg", *out])
+    (tmp_path / "empty").mkdir()
+    assert "no pictures" in fails(hw2_q2.main, ["-predict", tmp_path / "empty", *out])
+    nothing = ["-predict", pictures, "-output_dir", tmp_path / "nothing"]
+    assert "train one with" in fails(hw2_q2.main, nothing)
+    utils.save_checkpoint(tmp_path / "x.pt", config={"options": {}}, history={}, model={})
+    other = ["-predict", pictures, "-checkpoint", tmp_path / "x.pt"]
+    assert "not a network of question 2" in fails(hw2_q2.main, other)
