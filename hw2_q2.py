@@ -8,7 +8,6 @@
 options | model | training | figures | prediction | main
 """
 
-import argparse
 import json
 import math
 import sys
@@ -38,73 +37,43 @@ RUN_OPTIONS = (
 
 def parse_options(argv=None):
     """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
-    parser = utils.Parser(description=__doc__.partition("\n\n")[0])
+    parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
     whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
+    decay, share = utils.number(float, 0, 10**3), utils.number(float, 0, 1, high_open=True)
 
-    training = parser.add_argument_group("training")
-    training.add_argument(
-        "-epochs", type=whole, default=40, help="passes over the training pictures"
-    )
-    training.add_argument("-batch_size", type=whole, default=8, help="pictures a step")
-    training.add_argument("-learning_rate", type=real, default=0.01, help="step size")
-    training.add_argument(
-        "-l2_decay", type=utils.number(float, 0, 10**3), default=0.0, help="weight decay"
-    )
-    training.add_argument("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
-    training.add_argument(
-        "-seed", type=utils.number(int, 0, 2**32 - 1), default=42, help="random seed"
-    )
-    training.add_argument(
-        "-restart", action="store_true", help="forget an unfinished run, begin anew"
-    )
+    add = parser.add_argument_group("training").add_argument
+    add("-epochs", type=whole, default=40, help="passes over the training pictures")
+    add("-batch_size", type=whole, default=8, help="pictures a step")
+    add("-learning_rate", type=real, default=0.01, help="step size")
+    add("-l2_decay", type=decay, default=0.0, help="weight decay")
+    add("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
 
-    model = parser.add_argument_group("model")
-    dropout = utils.number(float, 0, 1, high_open=True)
-    model.add_argument("-dropout", type=dropout, default=0.1, help="share of units dropped")
+    add = parser.add_argument_group("network").add_argument
+    add("-dropout", type=share, default=0.1, help="share of the units dropped")
     no_norm = "the plain network: no batch norm, and a flattened head unless -head says otherwise"
-    model.add_argument("-no_batch_norm", dest="batch_norm", action="store_false", help=no_norm)
-    head = "global average pooling or flattening before the linear layers (gap with batch norm)"
-    model.add_argument("-head", choices=("gap", "flatten"), default=argparse.SUPPRESS, help=head)
-    pool = (
-        "how a block halves its map: max or average pooling, a convolution of stride 2, not at all"
-    )
-    model.add_argument("-pool", choices=("max", "avg", "stride", "none"), default="max", help=pool)
-    model.add_argument(
-        "-no_maxpool", action="store_true", help="the course's name for -pool stride"
-    )
-    model.add_argument(
-        "-kernel_size", type=int, choices=range(1, 12, 2), default=3, help="pixels, odd"
-    )
+    add("-no_batch_norm", dest="batch_norm", action="store_false", help=no_norm)
+    head = "what the linear layers see: the map's mean or all of it (default: gap with batch norm)"
+    add("-head", choices=("gap", "flatten"), help=head)
+    pool = "what halves a block's map: max or average pooling, a convolution of stride 2, nothing"
+    add("-pool", choices=("max", "avg", "stride", "none"), default="max", help=pool)
+    add("-no_maxpool", action="store_true", help="the course's name for -pool stride")
+    add("-kernel_size", type=int, choices=range(1, 12, 2), default=3, help="in pixels, odd")
 
-    data = parser.add_argument_group("data and machine")
-    where = "an .npz of pictures (default: data/intel_landscapes.v2.npz or else a built-in sample)"
-    data.add_argument("-data_path", type=Path, default=argparse.SUPPRESS, help=where)
+    add = parser.add_argument_group("pictures").add_argument
+    where = "an .npz file (default: data/intel_landscapes.v2.npz, or else a built-in sample)"
+    add("-data_path", type=Path, metavar="FILE", help=where)
     scramble = "reorder the pixels as the course's loader did by mistake"
-    data.add_argument("-scramble_pixels", action="store_true", help=scramble)
-    device = "cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)"
-    data.add_argument("-device", default=argparse.SUPPRESS, help=device)
-    threads = "CPU threads (default: one a core)"
-    data.add_argument(
-        "-threads", type=utils.number(int, 1, 1024), default=argparse.SUPPRESS, help=threads
-    )
-    folder = "where checkpoints/ and figures/ are written"
-    data.add_argument("-output_dir", type=Path, default=utils.ROOT, help=folder)
+    add("-scramble_pixels", action="store_true", help=scramble)
+    utils.add_machine_options(parser, "-")
 
-    other = parser.add_argument_group("instead of training")
-    other.add_argument("-count_params", action="store_true", help="print both networks' parameters")
+    add = parser.add_argument_group("instead of training").add_argument
+    add("-count_params", action="store_true", help="print both networks' parameters, by layer")
     predict = "classify pictures, or all pictures in folders"
-    other.add_argument(
-        "-predict", nargs="+", type=Path, default=argparse.SUPPRESS, metavar="PATH", help=predict
-    )
+    add("-predict", nargs="+", type=Path, metavar="PATH", help=predict)
     checkpoint = "the network for -predict (default: the one with the best validation accuracy)"
-    other.add_argument(
-        "-checkpoint", type=Path, default=argparse.SUPPRESS, metavar="FILE", help=checkpoint
-    )
-    other.add_argument("-json", action="store_true", help="print -predict's answer as JSON")
-    # The optional ones are suppressed above only to keep "(default: None)" out of the help.
-    optional = dict.fromkeys(("head", "data_path", "device", "threads", "predict", "checkpoint"))
-    options = argparse.Namespace(**optional | vars(parser.parse_args(argv)))
-    return _settle(parser, options)
+    add("-checkpoint", type=Path, metavar="FILE", help=checkpoint)
+    add("-json", action="store_true", help="print the answer of -predict as JSON")
+    return _settle(parser, parser.parse_args(argv))
 
 
 def _settle(parser, options):
@@ -394,7 +363,8 @@ def fit(run, model, optimizer, splits, options):
     Returns history {column: [a value an epoch]} and seconds [a value an epoch]. Raises UserError
     when the loss is no longer a number; the checkpoint of the epoch before stays.
     """
-    history, seconds = utils.continue_run(run, model, optimizer, options.restart)
+    saved = utils.continue_run(run, model, optimizer, options.restart)
+    history, seconds = saved["history"], saved["seconds"]
     if seconds:
         print(f"Going on after epoch {len(seconds)}")
     totals = torch.zeros(2, device=splits["train"][1].device)
@@ -550,19 +520,6 @@ def draw_pictures(path, title, images, labels, predicted):
 # prediction
 
 
-def best_checkpoint(folder):
-    """The checkpoint in `folder` with the highest validation accuracy; one trained on the built-in
-    sample only where there is no other. Raises UserError if there is none."""
-    found = []
-    for path in sorted(folder.glob("q2-*.pt")):
-        saved = utils.load_checkpoint(path)
-        real = saved["config"]["data"]["name"] != "sample"
-        found.append((real, saved["history"]["val_accuracy"][-1], path))
-    if not found:
-        raise UserError(f"{folder}: no network there yet; train one with python hw2_q2.py")
-    return max(found)[-1]
-
-
 def load_network(path, device="cpu"):
     """The network of a checkpoint, ready to predict, and the checkpoint's contents."""
     saved = utils.load_checkpoint(path, device)
@@ -593,7 +550,9 @@ def find_pictures(paths):
 
 def classify(options):
     """Print class and probabilities of the pictures under -predict, as a table or as JSON."""
-    path = options.checkpoint or best_checkpoint(options.output_dir / "checkpoints")
+    path = options.checkpoint or utils.best_checkpoint(
+        options.output_dir / "checkpoints", "q2", lambda saved: saved["history"]["val_accuracy"][-1]
+    )
     device = utils.prepare_device(options.device, options.threads)
     model, saved = load_network(path, device)
     pictures = find_pictures(options.predict)

@@ -13,17 +13,23 @@ import math
 import os
 import pickle
 import platform
+import shutil
 import sys
+import unicodedata
+import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
@@ -36,16 +42,25 @@ class UserError(Exception):
     """Something the user can mend. Its text is one line: what is wrong, where, how to mend it."""
 
 
+class _HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Names each option's default, but for those whose default needs a sentence of its own."""
+
+    def _get_help_string(self, action):
+        switch = action.default is None or isinstance(action.default, bool)
+        plain = switch or "(default" in action.help
+        return action.help if plain else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest option for an unknown one."""
 
     def __init__(self, **kwargs):
-        super().__init__(
-            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs
-        )
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_args(args, namespace)
+        args, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -75,6 +90,22 @@ def number(kind, low, high, low_open=False, high_open=False):
         return value
 
     return parse
+
+
+def add_machine_options(parser, dash):
+    """Add what both scripts ask about seed, machine and places; `dash` is '-' or '--'."""
+    group = parser.add_argument_group("seed, machine and places")
+    group.add_argument(
+        f"{dash}seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed"
+    )
+    device = "cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)"
+    group.add_argument(f"{dash}device", help=device)
+    threads = "CPU threads (default: one a core)"
+    group.add_argument(f"{dash}threads", type=number(int, 1, 1024), help=threads)
+    restart = "forget an unfinished run, begin anew"
+    group.add_argument(f"{dash}restart", action="store_true", help=restart)
+    folder = "where checkpoints/ and figures/ are written (default: beside the scripts)"
+    group.add_argument(f"{dash}output_dir", type=Path, default=ROOT, help=folder)
 
 
 def run_script(main):
@@ -202,6 +233,7 @@ def record_graph(step, inputs):
 # loading data
 
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
+BIDIRECTIONAL = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # may hide text
 SIZE = 48  # pixels, the height and width of every picture
 
 
@@ -308,6 +340,69 @@ def _as_labels(array, where):
     return array.astype(np.int64)
 
 
+@dataclass
+class Pronunciations:
+    """Words and how they sound.
+
+    splits: for 'train', 'val' and 'test', a list of (phonemes, spelling): a tuple of symbols such
+    as ('k', 'æ', 't') and a string
+    name: 'pronunciations' or 'sample'
+    """
+
+    splits: dict
+    name: str = "pronunciations"
+
+    @property
+    def fingerprint(self):
+        """12 hexadecimal digits that change with any symbol."""
+        text = json.dumps([self.splits[split] for split in SPLITS])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def load_pronunciations(folder):
+    """Read train.tsv, valid.tsv and test.tsv in `folder`.
+
+    Each line is phonemes separated by spaces, TAB, spelling; UTF-8 with or without a byte order
+    mark, LF or CRLF; the text is brought to Unicode's NFC. Raises UserError, naming file and line,
+    for anything else.
+    """
+    files = {"train": "train.tsv", "val": "valid.tsv", "test": "test.tsv"}
+    pairs = {split: read_tsv(Path(folder) / name) for split, name in files.items()}
+    return Pronunciations(
+        {split: [(tuple(a.split()), b) for a, b in rows] for split, rows in pairs.items()}
+    )
+
+
+def read_tsv(path):
+    """The lines of a file as pairs of NFC strings. Raises UserError, naming file and line."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; data/README.md says how to get the data")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not UTF-8")
+    lines = unicodedata.normalize("NFC", text).replace("\r\n", "\n").split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise UserError(f"{path}: is empty")
+    return [_fields(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _fields(line, where):
+    fields = [field.strip() for field in line.split("\t")]
+    if len(fields) != 2:
+        raise UserError(f"{where}: {len(fields)} fields separated by tabs, expected 2")
+    if not all(fields):
+        raise UserError(f"{where}: an empty field")
+    if any(unicodedata.category(c) == "Cc" or c in BIDIRECTIONAL for c in "".join(fields)):
+        raise UserError(f"{where}: a control character")
+    return tuple(fields)
+
+
 def read_picture(file):
     """The picture in `file` (a path or a binary file) as a uint8 tensor (3, 48, 48), whatever its
     size and mode. Raises UserError if Pillow cannot read it."""
@@ -326,6 +421,26 @@ def read_picture(file):
 def picture_endings():
     """The file name endings, such as '.jpg', of the formats that Pillow reads."""
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def download(url, path):
+    """Fetch `url` to `path`, whole or not at all. Raises UserError."""
+    print(f"Downloading {url}")
+    write_file(path, lambda file: _fetch(url, file))
+
+
+def _fetch(url, file):
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "hw2"})
+        with urllib.request.urlopen(request, timeout=60) as response, open(file, "wb") as output:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            bar = {"total": size, "desc": "download", "leave": False, "disable": None}
+            with tqdm.wrapattr(output, "write", **bar) as output:
+                shutil.copyfileobj(response, output)
+        if size not in (None, file.stat().st_size):
+            raise ConnectionError(f"{file.stat().st_size:,} of {size:,} bytes arrived; try again")
+    except (URLError, ConnectionError, TimeoutError, HTTPException, ValueError) as error:
+        raise UserError(f"{url}: {one_line(error)}; data/README.md names other ways")
 
 
 def one_line(error):
@@ -427,23 +542,25 @@ def load_checkpoint(path, device="cpu"):
 def continue_run(run, model, optimizer, restart=False):
     """Load the unfinished run's last epoch into `model` and `optimizer`, if there is one.
 
-    Returns its history {column: [a value an epoch]} and seconds [a value an epoch]; both are empty
-    where training starts anew: no checkpoint, a finished one, or `restart`.
+    Returns what its checkpoint holds, above all 'history' {column: [a value an epoch]} and
+    'seconds' [a value an epoch]; only these two, empty, where training starts anew: no checkpoint,
+    a finished one, or `restart`.
     """
+    anew = {"history": {}, "seconds": []}
     if restart or not run.checkpoint.exists():
-        return {}, []
+        return anew
     saved = load_checkpoint(run.checkpoint, next(model.parameters()).device)
     if saved["config"] != run.config:
         raise UserError(f"{run.checkpoint}: belongs to another run; delete it")
     if saved["finished"]:
-        return {}, []
+        return anew
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    return saved["history"], saved["seconds"]
+    return saved
 
 
-def save_run(run, model, optimizer, history, seconds, finished=False):
-    """Write the checkpoint from which `continue_run` goes on."""
+def save_run(run, model, optimizer, history, seconds, finished=False, **more):
+    """Write the checkpoint from which `continue_run` goes on; `more` is kept with it."""
     save_checkpoint(
         run.checkpoint,
         config=run.config,
@@ -452,7 +569,20 @@ def save_run(run, model, optimizer, history, seconds, finished=False):
         finished=finished,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
+        **more,
     )
+
+
+def best_checkpoint(folder, question, score):
+    """The checkpoint of `question` in `folder` with the highest score(checkpoint); one trained on
+    a built-in sample only where there is no other. Raises UserError if there is none."""
+    found = []
+    for path in sorted(folder.glob(f"{question}-*.pt")):
+        saved = load_checkpoint(path)
+        found.append((saved["config"]["data"]["name"] != "sample", score(saved), path))
+    if not found:
+        raise UserError(f"{folder}: no trained network there yet; train one first")
+    return max(found)[-1]
 
 
 def check_loss(loss, epoch):

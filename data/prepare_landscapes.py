@@ -8,19 +8,14 @@ Every picture is shrunk to 48x48. Kaggle's training pictures become the training
 sets, its test pictures the test set.
 """
 
-import argparse
 import collections
 import hashlib
 import io
 import math
-import shutil
 import stat
-import urllib.request
 import zipfile
 import zlib
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -30,29 +25,26 @@ import utils
 from utils import CLASSES, UserError
 
 URL = "https://www.kaggle.com/api/v1/datasets/download/puneet6060/intel-image-classification"
+OUTPUT = utils.ROOT / "data" / "intel_landscapes.v2.npz"
 FOLDERS = {"seg_train": "train", "seg_test": "test"}
 MAX_PICTURE = 64 * 2**20  # bytes; the largest real one has 30 KB
 
 
 def parse_options(argv=None):
     """The command line as a namespace."""
-    parser = utils.Parser(
-        prog="python -m data.prepare_landscapes", description=__doc__.partition("\n\n")[0]
-    )
+    parser = utils.Parser(prog="python -m data.prepare_landscapes", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--archive", type=Path, default=argparse.SUPPRESS, help="Kaggle's archive")
-    source.add_argument(
-        "--folder", type=Path, default=argparse.SUPPRESS, help="the unpacked archive"
-    )
+    source.add_argument("--archive", type=Path, help="Kaggle's archive")
+    source.add_argument("--folder", type=Path, help="the unpacked archive")
     source.add_argument("--download", action="store_true", help="download the archive first")
     parser.add_argument("--url", default=URL, help="where --download finds the archive")
-    output = utils.ROOT / "data" / "intel_landscapes.v2.npz"
-    parser.add_argument("--output", type=Path, default=output, help="the file to write")
+    output = "the file to write (default: data/intel_landscapes.v2.npz)"
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=output)
     seed = utils.number(int, 0, 2**32 - 1)
     parser.add_argument("--seed", type=seed, default=42, help="seed of the validation split")
     drop = "leave out training pictures that stand twice, under two labels, or in the test set"
     parser.add_argument("--drop_duplicates", action="store_true", help=drop)
-    return argparse.Namespace(**{"archive": None, "folder": None} | vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -192,23 +184,10 @@ def download(url, path):
     if path.exists() and _is_whole(path):
         print(f"{path} is there already")
         return
-    print(f"Downloading {url}")
-    utils.write_file(path, lambda file: _fetch(url, file))
+    utils.download(url, path)
     if not _is_whole(path):
         path.unlink()
         raise UserError(f"{url}: what arrived is not a whole zip archive; try again")
-
-
-def _fetch(url, file):
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "hw2"})
-        with urllib.request.urlopen(request, timeout=60) as response, open(file, "wb") as output:
-            size = int(response.headers.get("Content-Length", 0)) or None
-            bar = {"total": size, "desc": "download", "leave": False, "disable": None}
-            with tqdm.wrapattr(output, "write", **bar) as output:
-                shutil.copyfileobj(response, output)
-    except (URLError, ConnectionError, TimeoutError, HTTPException, ValueError) as error:
-        raise UserError(f"{url}: {utils.one_line(error)}; data/README.md names other ways")
 
 
 def _is_whole(path):

@@ -513,11 +513,14 @@ def test_the_best_checkpoint_on_photographs_is_chosen(tmp_path):
             model={},
         )
 
+    def best():
+        return utils.best_checkpoint(tmp_path, "q2", lambda s: s["history"]["val_accuracy"][-1])
+
     save("sample", "sample", 0.99)
-    assert hw2_q2.best_checkpoint(tmp_path).name == "q2-sample.pt"
+    assert best().name == "q2-sample.pt"
     save("a", "photographs", 0.9, 0.6)  # its weights are the last epoch's
     save("b", "photographs", 0.5, 0.7)
-    assert hw2_q2.best_checkpoint(tmp_path).name == "q2-b.pt"
+    assert best().name == "q2-b.pt"
 
 
 def test_bad_predictions(trained, pictures, tmp_path, fails):
@@ -528,7 +531,7 @@ def test_bad_predictions(trained, pictures, tmp_path, fails):
     (tmp_path / "empty").mkdir()
     assert "no pictures" in fails(hw2_q2.main, ["-predict", tmp_path / "empty", *out])
     nothing = ["-predict", pictures, "-output_dir", tmp_path / "nothing"]
-    assert "train one with" in fails(hw2_q2.main, nothing)
+    assert "train one first" in fails(hw2_q2.main, nothing)
     utils.save_checkpoint(tmp_path / "x.pt", config={"options": {}}, history={}, model={})
     other = ["-predict", pictures, "-checkpoint", tmp_path / "x.pt"]
     assert "not a network of question 2" in fails(hw2_q2.main, other)
