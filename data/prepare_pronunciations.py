@@ -1,0 +1,92 @@
+"""Make data/train.tsv, valid.tsv and test.tsv from one of WikiPron's lists of pronunciations.
+
+    python -m data.prepare_pronunciations --language eng_latn_us_broad   fetch US English (2 MB)
+    python -m data.prepare_pronunciations --language por_latn_po_broad   or Portuguese, or ...
+    python -m data.prepare_pronunciations --tsv my_words.tsv             from a file you have
+
+Lines of WikiPron's files are a spelling, TAB, phonemes separated by spaces. The splits are by
+spelling: all pronunciations of a word stand on one side.
+"""
+
+import collections
+from pathlib import Path
+
+import numpy as np
+
+import utils
+from utils import UserError
+
+URL = (
+    "https://raw.githubusercontent.com/CUNY-CL/wikipron/"
+    "185dfcf514fe37fe4cfddddeacff1eda3afdca55/data/scrape/tsv/{language}.tsv"
+)
+
+
+def parse_options(argv=None):
+    """The command line as a namespace."""
+    parser = utils.Parser(prog="python -m data.prepare_pronunciations", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--language", metavar="NAME", help="the WikiPron file to download")
+    source.add_argument("--tsv", type=Path, metavar="FILE", help="a file of that form")
+    parser.add_argument("--url", default=URL, help="where --language finds its file")
+    size = utils.number(int, 1, 10**7)
+    train = "pairs to train on, or 'all' that are left"
+    parser.add_argument(
+        "--train", type=lambda s: s if s == "all" else size(s), default=10000, help=train
+    )
+    parser.add_argument("--valid", type=size, default=1000, help="pairs to validate on")
+    parser.add_argument("--test", type=size, default=1000, help="pairs to test on")
+    parser.add_argument(
+        "--seed", type=utils.number(int, 0, 2**32 - 1), default=42, help="random seed"
+    )
+    folder = "where the three files are written (default: data/)"
+    parser.add_argument("--output_dir", type=Path, default=utils.ROOT / "data", help=folder)
+    return parser.parse_args(argv)
+
+
+def split_by_spelling(pairs, sizes, seed):
+    """Share pairs (phonemes, spelling) out so that no spelling is on two sides.
+
+    sizes: {split: number of pairs, or 'all' that are left}, filled in this order. Pairs that occur
+    twice count once. Raises UserError if there are too few.
+    """
+    groups = collections.defaultdict(list)
+    for phonemes, spelling in dict.fromkeys(pairs):
+        groups[spelling].append((phonemes, spelling))
+    words = sorted(groups)
+    left = [words[i] for i in np.random.default_rng(seed).permutation(len(words))]
+    splits = {}
+    for split, size in sizes.items():
+        room = sum(map(len, groups.values())) if size == "all" else size
+        splits[split], skipped = [], []
+        for word in left:
+            fits = len(groups[word]) <= room - len(splits[split])
+            splits[split].extend(groups[word]) if fits else skipped.append(word)
+        left = skipped
+        if not splits[split] or (size != "all" and len(splits[split]) < size):
+            raise UserError(
+                f"too few pronunciations: {size} wanted for {split}, {len(splits[split])} left"
+            )
+    return splits
+
+
+def main(argv=None):
+    """Do what the command line asks for."""
+    options = parse_options(argv)
+    path = options.tsv
+    if options.language:
+        path = options.output_dir / f"wikipron-{Path(options.language).name}.tsv"
+        if not path.exists():
+            utils.download(options.url.format(language=options.language), path)
+    pairs = [(phonemes, spelling) for spelling, phonemes in utils.read_tsv(path)]
+    sizes = {"test": options.test, "valid": options.valid, "train": options.train}
+    splits = split_by_spelling(pairs, sizes, options.seed)
+    for split in reversed(sizes):
+        lines = "".join(f"{phonemes}\t{spelling}\n" for phonemes, spelling in splits[split])
+        file = options.output_dir / f"{split}.tsv"
+        utils.write_file(file, lambda part, text=lines: part.write_bytes(text.encode()))
+        print(f"Wrote {len(splits[split]):,} pairs to {file}")
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

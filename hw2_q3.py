@@ -1,0 +1,875 @@
+"""Question 3: a character-level sequence-to-sequence model that spells words from their sound.
+
+    python hw2_q3.py --use_attn --nucleus          train with attention, test, sample as well
+    python hw2_q3.py                               the same without attention, greedy
+    python hw2_q3.py test --use_attn --beam_size 5 test the trained model, with beam search
+    python hw2_q3.py spell "h ə l oʊ" "w ɝ l d"    spell your own IPA
+
+options | symbols and batches | model | decoding | scores | training | figures | spelling | main
+"""
+
+import math
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rapidfuzz.distance import Levenshtein
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from tqdm import tqdm
+
+import utils
+from utils import UserError
+
+RECIPE = 1  # raised when a change alters the results of a run
+DATA_DIR = utils.ROOT / "data"
+
+# ----------------------------------------------------------------------------------------------
+# options
+
+# The options that can change a training's result; its name and its record hold these.
+RUN_OPTIONS = ("use_attn", "lr", "dropout", "n_epochs", "batch_size", "hidden_size", "seed")
+
+
+def parse_options(argv=None):
+    """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
+    parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
+    whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
+    share = utils.number(float, 0, 1, high_open=True)
+    modes = "only train, only test what was trained, or spell IPA (default: train, then test)"
+    parser.add_argument("mode", nargs="?", choices=("train", "test", "spell"), help=modes)
+    ipa = "for spell: phonemes, separated by spaces within one argument"
+    parser.add_argument("ipa", nargs="*", metavar="IPA", help=ipa)
+
+    add = parser.add_argument_group("training").add_argument
+    add("--n_epochs", type=whole, default=20, help="passes over the training words")
+    add("--batch_size", type=whole, default=64, help="words a step")
+    add("--lr", type=real, default=0.003, help="Adam's step size")
+    add("--dropout", type=share, default=0.3, help="share of the units dropped")
+    size = "width of embeddings and LSTMs, even"
+    add("--hidden_size", type=utils.number(int, 2, 8192), default=128, help=size)
+    add("--use_attn", action="store_true", help="Bahdanau attention over the phonemes")
+    where = "folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in sample)"
+    add("--data_dir", type=Path, metavar="DIR", help=where)
+    name = "the checkpoint's file (default: made of the options; for spell: the best one)"
+    add("--checkpoint_name", type=Path, metavar="FILE", help=name)
+
+    add = parser.add_argument_group("decoding").add_argument
+    add("--nucleus", action="store_true", help="also sample from the nucleus (top-p)")
+    p = utils.number(float, 0, 1, low_open=True)
+    add("--topp", type=p, help="the nucleus's probability, implies --nucleus (default: 0.8)")
+    add("--k", type=utils.number(int, 1, 100), default=3, help="samples a word")
+    beam = "also search with a beam of this size"
+    add("--beam_size", type=utils.number(int, 1, 100), metavar="N", help=beam)
+    add("--max_len", type=utils.number(int, 1, 1000), default=50, help="longest spelling")
+    file = "for spell: a file with IPA on each line, or - for standard input"
+    add("--input", metavar="FILE", help=file)
+    utils.add_machine_options(parser, "--")
+    return _settle(parser, parser.parse_args(argv))
+
+
+def _settle(parser, options):
+    """Derive what one option says about another; refuse what contradicts itself."""
+    options.nucleus = options.nucleus or options.topp is not None
+    options.topp = 0.8 if options.topp is None else options.topp
+    if options.hidden_size % 2:
+        parser.error("--hidden_size must be even: the encoder has two directions of half of it")
+    if options.mode != "spell" and (options.ipa or options.input):
+        parser.error("IPA and --input go with spell: python hw2_q3.py spell ...")
+    if options.ipa and options.input:
+        parser.error("give IPA either as arguments or by --input")
+    return options
+
+
+def command(options):
+    """The command line, without paths and machine, that repeats the run with these options."""
+    defaults = vars(parse_options([]))
+    words = ["python hw2_q3.py"]
+    for name in RUN_OPTIONS:
+        if options[name] != defaults[name]:
+            words.append(f"--{name}" if options[name] is True else f"--{name} {options[name]}")
+    return " ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------
+# symbols and batches
+
+SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
+PAD, UNK, START, END = range(len(SPECIAL))  # no decoder ever emits those before END
+
+
+class Vocabulary:
+    """The symbols of one side, numbered from 0; the first are the special ones."""
+
+    def __init__(self, symbols):
+        self.symbols = list(symbols)
+        self.numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+
+    @classmethod
+    def of(cls, sequences):
+        """The vocabulary of all symbols in `sequences`."""
+        return cls([*SPECIAL, *sorted({symbol for sequence in sequences for symbol in sequence})])
+
+    def __len__(self):
+        return len(self.symbols)
+
+    def encode(self, sequence):
+        """The numbers of the symbols; UNK for one that is not there."""
+        return [self.numbers.get(symbol, UNK) for symbol in sequence]
+
+    def decode(self, numbers):
+        """The symbols up to the first END or padding, joined."""
+        ends = (i for i, number in enumerate(numbers) if number in (END, PAD))
+        return "".join(self.symbols[number] for number in numbers[: next(ends, None)])
+
+
+class Words(NamedTuple):
+    """Words as tensors, padded with PAD.
+
+    sources: int64 (N, S), phonemes; lengths: int64 (N,), on the CPU, their numbers
+    targets: int64 (N, T), START, characters, END; target_lengths: (N,), on the CPU, T without PAD
+    spellings: N strings
+    """
+
+    sources: torch.Tensor
+    lengths: torch.Tensor
+    targets: torch.Tensor
+    target_lengths: torch.Tensor
+    spellings: list
+
+
+def to_tensors(pairs, phonemes, characters, device="cpu"):
+    """Pairs (phonemes, spelling) as `Words`, by the two vocabularies."""
+    sources = [torch.tensor(phonemes.encode(sound)) for sound, _ in pairs]
+    targets = [torch.tensor([START, *characters.encode(word), END]) for _, word in pairs]
+    return Words(
+        pad_sequence(sources, batch_first=True, padding_value=PAD).to(device),
+        torch.tensor([len(source) for source in sources]),
+        pad_sequence(targets, batch_first=True, padding_value=PAD).to(device),
+        torch.tensor([len(target) for target in targets]),
+        [word for _, word in pairs],
+    )
+
+
+# ----------------------------------------------------------------------------------------------
+# model
+
+
+class Memory(NamedTuple):
+    """What the encoder leaves for attention to look at.
+
+    values: (B, S, H), the encoder's outputs; keys: (B, S, H), their projections, made once
+    mask: bool (B, S), true where there is a phoneme; None where there is one everywhere
+    """
+
+    values: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    def select(self, rows):
+        """The memory of these words."""
+        return Memory(self.values[rows], self.keys[rows], self.mask[rows])
+
+
+class BahdanauAttention(nn.Module):
+    """Additive attention, Bahdanau et al. 2015, section 3.1 and appendix A.1.2: the score of
+    position i is v . tanh(W_h h_i + W_s s).
+
+    Here s is the state that has read the current character, and the context joins it after the
+    LSTM, tanh(W [context; s]) (Luong et al. 2015, section 3.1), so that all steps of a known target
+    are computed at once.
+    """
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.key = nn.Linear(hidden_size, hidden_size, bias=False)  # W_h
+        self.query = nn.Linear(hidden_size, hidden_size)  # W_s
+        self.score = nn.Linear(hidden_size, 1, bias=False)  # v
+        self.combine = nn.Linear(2 * hidden_size, hidden_size)  # W
+
+    def forward(self, states, memory):
+        """states (B, T, H) -> states with context (B, T, H) and attention weights (B, T, S)."""
+        queries = self.query(states).unsqueeze(2)  # (B, T, 1, H)
+        scores = self.score(torch.tanh(memory.keys.unsqueeze(1) + queries)).squeeze(3)  # (B, T, S)
+        if memory.mask is not None:
+            scores = scores.masked_fill(~memory.mask.unsqueeze(1), -torch.inf)
+        weights = scores.softmax(2)  # exactly 0 where masked
+        context = weights @ memory.values  # (B, T, H)
+        return torch.tanh(self.combine(torch.cat((context, states), 2))), weights
+
+
+class Encoder(nn.Module):
+    """Bidirectional LSTM over the phonemes: (B, S) -> outputs (B, S, H) and state 2 x (1, B, H)."""
+
+    def __init__(self, symbols, hidden_size, dropout):
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
+        self.lstm = nn.LSTM(hidden_size, hidden_size // 2, batch_first=True, bidirectional=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, sources, lengths=None):
+        """lengths: (B,), on the CPU, if the rows are padded."""
+        x = self.dropout(self.embedding(sources))  # (B, S, H)
+        if lengths is not None:
+            x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        outputs, state = self.lstm(x)  # (B, S, H), 2 x (2, B, H / 2)
+        if lengths is not None:
+            outputs, _ = pad_packed_sequence(outputs, batch_first=True)
+        state = tuple(part.transpose(0, 1).flatten(1).unsqueeze(0) for part in state)
+        return self.dropout(outputs), state
+
+
+class Decoder(nn.Module):
+    """LSTM over the characters, with attention if wanted; its output layer is tied to its
+    embedding (Press and Wolf 2017, section 2)."""
+
+    def __init__(self, symbols, hidden_size, dropout, use_attn):
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
+        self.lstm = nn.LSTM(hidden_size, hidden_size, batch_first=True)
+        self.attention = BahdanauAttention(hidden_size) if use_attn else None
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden_size, symbols)
+        self.output.weight = self.embedding.weight
+
+    def remember(self, outputs, mask=None):
+        """The Memory of the encoder's outputs (B, S, H)."""
+        keys = self.attention.key(outputs) if self.attention else outputs
+        return Memory(outputs, keys, mask)
+
+    def forward(self, characters, state, memory):
+        """characters (B, T), state 2 x (1, B, H) -> logits (B, T, V), the state after them, and
+        the attention weights (B, T, S), None without attention."""
+        x = self.dropout(self.embedding(characters))  # (B, T, H)
+        x, state = self.lstm(x, state)
+        weights = None
+        if self.attention is not None:
+            x, weights = self.attention(x, memory)
+        return self.output(self.dropout(x)), state, weights
+
+
+class Seq2Seq(nn.Module):
+    """Encoder and decoder, the decoder started from the encoder's final states."""
+
+    def __init__(self, phonemes, characters, hidden_size=128, dropout=0.3, use_attn=False):
+        super().__init__()
+        self.encoder = Encoder(phonemes, hidden_size, dropout)
+        self.decoder = Decoder(characters, hidden_size, dropout, use_attn)
+
+    def forward(self, sources, inputs, lengths=None):
+        """sources (B, S), characters so far (B, T) -> logits (B, T, V) of the next ones.
+
+        lengths: (B,), on the CPU, if the sources are padded.
+        """
+        outputs, state = self.encoder(sources, lengths)
+        mask = None if lengths is None else sources != PAD
+        return self.decoder(inputs, state, self.decoder.remember(outputs, mask))[0]
+
+
+def build_model(options, phonemes, characters):
+    """The model that the options (a dictionary) describe, for the two vocabularies."""
+    names = ("hidden_size", "dropout", "use_attn")
+    return Seq2Seq(len(phonemes), len(characters), **{name: options[name] for name in names})
+
+
+# ----------------------------------------------------------------------------------------------
+# decoding
+
+ROWS = 2048  # decoded at once; bounds the memory
+
+
+@torch.inference_mode()
+def encode(model, sources, lengths):
+    """Encode words of any lengths: sources (N, S) -> Memory of N words and state 2 x (1, N, H)."""
+    sources = sources[:, : lengths.max()]
+    size = model.decoder.embedding.embedding_dim
+    outputs = torch.zeros(*sources.shape, size, device=sources.device)
+    state = [torch.zeros(1, len(sources), size, device=sources.device) for _ in range(2)]
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0].to(sources.device)
+        outputs[rows, :length], parts = model.encoder(sources[rows, :length])
+        for whole, part in zip(state, parts):
+            whole[:, rows] = part
+    return model.decoder.remember(outputs, sources != PAD), tuple(state)
+
+
+def next_log_probs(model, last, state, memory, words):
+    """One step of rows that spell `words` (R,), numbers into the memory: last characters (R,) ->
+    log-probabilities (R, V) of the next and the new state."""
+    seen = memory.select(words) if model.decoder.attention else None
+    logits, state, _ = model.decoder(last.unsqueeze(1), state, seen)
+    logits[:, :, :END] = -torch.inf
+    return logits[:, 0].log_softmax(1), state
+
+
+@torch.inference_mode()
+def generate(model, sources, lengths, choose, copies=1, max_len=50):
+    """Spell every word `copies` times, choosing each character by choose(log_probs (R, V)) -> (R,).
+
+    Returns characters (N, copies, max_len), END and then PAD behind each spelling, and the
+    spellings' log-probabilities (N, copies). Finished rows are dropped.
+    """
+    memory, state = encode(model, sources, lengths)
+    words = torch.arange(len(sources), device=sources.device).repeat_interleave(copies)
+    state = tuple(part[:, words] for part in state)
+    characters = torch.full((len(words), max_len), PAD, device=sources.device)
+    scores = torch.zeros(len(words), device=sources.device)
+    rows = torch.arange(len(words), device=sources.device)  # the unfinished ones
+    last = torch.full_like(rows, START)
+    for position in range(max_len):
+        log_probs, state = next_log_probs(model, last, state, memory, words[rows])
+        last = choose(log_probs)
+        characters[rows, position] = last
+        scores[rows] += log_probs.gather(1, last.unsqueeze(1))[:, 0]
+        going = last != END
+        rows, last, state = rows[going], last[going], tuple(part[:, going] for part in state)
+        if len(rows) == 0:
+            break
+    return characters.view(-1, copies, max_len), scores.view(-1, copies)
+
+
+def argmax(log_probs):
+    """The most probable character of each row."""
+    return log_probs.argmax(1)
+
+
+def nucleus(log_probs, p):
+    """Log-probabilities (R, V) -> probabilities (R, V) of the nucleus: the fewest most probable
+    tokens whose probabilities sum to at least p, the others 0 (Holtzman et al. 2020, section 3.1).
+    """
+    probs = log_probs.softmax(1)
+    if p < 1:
+        ordered, order = probs.sort(dim=1, descending=True, stable=True)
+        before = ordered.cumsum(1) - ordered  # the sum of the more probable ones
+        probs = probs.scatter(1, order, ordered.where(before < p, 0))
+    return probs / probs.sum(1, keepdim=True)
+
+
+def sampler(p, seed, device):
+    """A function that samples from the nucleus, the same numbers for the same seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda log_probs: torch.multinomial(nucleus(log_probs, p), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def beam_search(model, sources, lengths, beam_size, max_len=50):
+    """The `beam_size` most probable spellings that a beam of this size finds, best first.
+
+    Returns characters (N, beam_size, max_len), END and then PAD behind each spelling, and their
+    log-probabilities (N, beam_size), -inf where there are fewer. A finished spelling keeps its
+    place in the beam while it is among the best, but costs no more computation.
+    """
+    memory, state = encode(model, sources, lengths)
+    device, count = sources.device, len(sources)
+    characters = torch.full((count, beam_size, max_len), PAD, device=device)
+    scores = torch.full((count, beam_size), -torch.inf, device=device)
+    scores[:, 0] = 0  # at first the beam holds one spelling, the empty one
+    row_of = torch.full((count, beam_size), -1, device=device)  # -1: finished or not there
+    row_of[:, 0] = torch.arange(count, device=device)
+    last = torch.full((count,), START, device=device)
+    words = torch.arange(count, device=device)
+    for position in range(max_len):
+        log_probs, state = next_log_probs(model, last, state, memory, words)
+        size = log_probs.shape[1]
+        candidates = torch.full((count, beam_size, size), -torch.inf, device=device)
+        candidates[:, :, PAD] = scores.where(row_of < 0, -torch.inf)  # finished: as it is
+        live = row_of >= 0
+        candidates[live] = scores[live].unsqueeze(1) + log_probs[row_of[live]]
+        scores, best = candidates.flatten(1).topk(beam_size, 1)  # (N, beam_size)
+        parent, token = best // size, best % size
+        characters = characters.gather(1, parent.unsqueeze(2).expand_as(characters))
+        characters[:, :, position] = token
+        going = (token != PAD) & (token != END) & (scores > -torch.inf)
+        rows = row_of.gather(1, parent)[going]
+        if len(rows) == 0:
+            break
+        row_of = torch.full_like(row_of, -1)
+        row_of[going] = torch.arange(len(rows), device=device)
+        words, last = going.nonzero()[:, 0], token[going]
+        state = tuple(part[:, rows] for part in state)
+    return characters, scores
+
+
+def decode_words(model, words, characters, decode, copies=1):
+    """Spell all `words` by decode(sources, lengths) -> (characters (N, copies, T), scores).
+
+    Returns for each word a list of (spelling, log-probability). Words of like length go together,
+    at most ROWS spellings at once.
+    """
+    model.eval()
+    order = words.lengths.argsort(stable=True)
+    spelled = [None] * len(order)
+    for rows in order.split(max(1, ROWS // copies)):
+        numbers, scores = decode(words.sources[rows.to(words.sources.device)], words.lengths[rows])
+        for row, options, values in zip(rows.tolist(), numbers.tolist(), scores.tolist()):
+            spelled[row] = [(characters.decode(o), v) for o, v in zip(options, values)]
+    return spelled
+
+
+def spell_greedily(model, words, characters, max_len=50):
+    """The greedy spelling of each word."""
+    found = decode_words(
+        model, words, characters, lambda s, n: generate(model, s, n, argmax, max_len=max_len)
+    )
+    return [options[0][0] for options in found]
+
+
+def spell_by_sampling(model, words, characters, p, k, seed, max_len=50):
+    """k samples (spelling, log-probability) of each word, in the order they were drawn."""
+    choose = sampler(p, seed, words.sources.device)
+    return decode_words(
+        model, words, characters, lambda s, n: generate(model, s, n, choose, k, max_len), k
+    )
+
+
+def spell_by_beam(model, words, characters, beam_size, max_len=50):
+    """The n best (spelling, log-probability) of each word, best first."""
+    found = decode_words(
+        model,
+        words,
+        characters,
+        lambda s, n: beam_search(model, s, n, beam_size, max_len),
+        beam_size,
+    )
+    return [[option for option in options if option[1] > -torch.inf] for options in found]
+
+
+# ----------------------------------------------------------------------------------------------
+# scores
+
+
+def cer(predicted, true):
+    """Character error rate: summed Levenshtein distances over summed lengths of the true words."""
+    distances = sum(Levenshtein.distance(a, b) for a, b in zip(predicted, true, strict=True))
+    return distances / sum(map(len, true))
+
+
+def wer(predicted, true):
+    """Word error rate: the share of words not spelled exactly."""
+    return wer_at_k([[word] for word in predicted], true, 1)
+
+
+def wer_at_k(candidates, true, k):
+    """The share of words that none of their first k candidates spells exactly."""
+    wrong = sum(word not in options[:k] for options, word in zip(candidates, true, strict=True))
+    return wrong / len(true)
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+def make_step(model, optimizer, totals):
+    """A function that trains on one batch and adds (summed loss, characters) to `totals`, on the
+    device: reading a number back would make it wait."""
+
+    def step(sources, lengths, targets):
+        inputs, nexts = targets[:, :-1], targets[:, 1:]  # each character predicts the next
+        logits = model(sources, inputs, lengths)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), nexts.flatten(), ignore_index=PAD)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        count = (nexts != PAD).sum()
+        totals.add_(torch.stack((loss.detach() * count, count)))
+
+    return step
+
+
+def train_epoch(step, totals, words, batch_size):
+    """One pass over `words` in random order. Returns its mean loss a character (nats).
+
+    Batches mix words of all lengths: batches of one length each need no packing, but learn far
+    worse (validation CER .248 in place of .222 after 20 epochs with attention, seed 42).
+    """
+    totals.zero_()
+    batches = torch.randperm(len(words.lengths)).split(batch_size)
+    for rows in tqdm(batches, unit="batch", leave=False, disable=None):
+        lengths, target_end = words.lengths[rows], words.target_lengths[rows].max()
+        rows = rows.to(words.sources.device)
+        step(words.sources[rows, : lengths.max()], lengths, words.targets[rows, :target_end])
+    loss, count = totals.tolist()
+    return loss / count
+
+
+def fit(run, model, optimizer, words, vocabularies, options):
+    """Train epoch by epoch, going on after the last finished one; a checkpoint after each, with
+    the weights of the lowest validation CER beside the last ones.
+
+    Returns history {column: [a value an epoch]}, seconds [a value an epoch] and those weights.
+    Raises UserError when the loss is no longer a number; the checkpoint before stays.
+    """
+    saved = utils.continue_run(run, model, optimizer, options.restart)
+    history, seconds, best = saved["history"], saved["seconds"], saved.get("best")
+    if seconds:
+        print(f"Going on after epoch {len(seconds)}")
+    symbols = {side: vocabulary.symbols for side, vocabulary in vocabularies.items()}
+    totals = torch.zeros(2, device=words["train"].sources.device)
+    step = make_step(model, optimizer, totals)
+    for epoch in range(len(seconds) + 1, options.n_epochs + 1):
+        started = time.perf_counter()
+        utils.seed_everything(options.seed, epoch)
+        model.train()
+        loss = train_epoch(step, totals, words["train"], options.batch_size)
+        utils.check_loss(loss, epoch)
+        spelled = spell_greedily(model, words["val"], vocabularies["characters"])
+        true = words["val"].spellings
+        row = {"train_loss": loss, "val_cer": cer(spelled, true), "val_wer": wer(spelled, true)}
+        if best is None or row["val_cer"] < min(history["val_cer"]):
+            best = {name: weights.clone() for name, weights in model.state_dict().items()}
+        for column, value in row.items():
+            history.setdefault(column, []).append(value)
+        seconds.append(time.perf_counter() - started)
+        scores = f"Training loss: {loss:.4f}  Validation CER: {row['val_cer']:.4f}"
+        scores += f"  Validation WER: {row['val_wer']:.4f}  ({seconds[-1]:.1f} s)"
+        print(f"Epoch {epoch:2}/{options.n_epochs}  {scores}", flush=True)
+        utils.save_run(run, model, optimizer, history, seconds, best=best, symbols=symbols)
+    return history, seconds, best
+
+
+def train(run, data, device, options):
+    """Train one model and write its record, as yet without test scores."""
+    phonemes = Vocabulary.of(sound for sound, _ in data.splits["train"])
+    characters = Vocabulary.of(word for _, word in data.splits["train"])
+    vocabularies = {"phonemes": phonemes, "characters": characters}
+    words = {
+        split: to_tensors(data.splits[split], phonemes, characters, device)
+        for split in ("train", "val")
+    }
+    utils.seed_everything(options.seed)
+    model = build_model(run.config["options"], phonemes, characters).to(device)
+    capturable = {"capturable": True} if device.type == "cuda" else {}
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused, **capturable)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"Run {run.name}\nTrainable parameters: {parameters:,}", flush=True)
+    history, seconds, _ = fit(run, model, optimizer, words, vocabularies, options)
+    record = {
+        "command": command(run.config["options"]),
+        "config": run.config,
+        "parameters": parameters,
+        "history": history,
+        "best_epoch": history["val_cer"].index(min(history["val_cer"])) + 1,
+        "measured": utils.measured(device, seconds),
+    }
+    utils.save_record(run.record, record)
+    draw_validation(run.figures / "validation-cer.png", record)
+
+
+def load_data(options):
+    """The words in --data_dir, or in its default place, or else the built-in sample."""
+    folder = options.data_dir or DATA_DIR
+    if options.data_dir or (folder / "train.tsv").exists():
+        return utils.load_pronunciations(folder)
+    print(
+        "No train.tsv found: training on the built-in SAMPLE, words of the CMU dictionary.\n"
+        "  To get Wiktionary's: python -m data.prepare_pronunciations --language eng_latn_us_broad"
+    )
+    from data.sample import choose_pronunciations
+
+    return choose_pronunciations()
+
+
+def audit(data):
+    """Lines that say how many words there are, which stand on two sides, which symbols are new."""
+    words = {split: {word for _, word in pairs} for split, pairs in data.splits.items()}
+    sizes = [f"{len(data.splits[split]):,}" for split in utils.SPLITS]
+    both = [sum(w in words["train"] for _, w in data.splits[split]) for split in ("val", "test")]
+    yield f"Words: {sizes[0]} training, {sizes[1]} validation, {sizes[2]} test; spellings that are"
+    yield f"  also training spellings: {both[0]} validation, {both[1]} test"
+    new = []
+    for side, kind in enumerate(("phonemes", "characters")):
+        known = {symbol for pair in data.splits["train"] for symbol in pair[side]}
+        held_out = [pair for split in ("val", "test") for pair in data.splits[split]]
+        found = sorted({symbol for pair in held_out for symbol in pair[side]} - known)
+        new.append(f"{len(found)} {kind}" + (f" ({' '.join(found)})" if found else ""))
+    yield f"Unseen in training, so unknown in validation and test: {new[0]}, {new[1]}"
+
+
+def make_run(options, data):
+    """The utils.Run of these options on these data."""
+    config = {
+        "question": "q3",
+        "recipe": RECIPE,
+        "options": {name: getattr(options, name) for name in RUN_OPTIONS},
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+    }
+    title = f"q3-{'attn' if options.use_attn else 'plain'}-lr{options.lr:g}-seed{options.seed}"
+    return utils.Run(f"{title}-{data.name}", config, options.output_dir, checkpoint_file(options))
+
+
+def checkpoint_file(options):
+    """The file that --checkpoint_name means: a path, or a name in checkpoints/; or None."""
+    name = options.checkpoint_name
+    in_folder = name is not None and name.parent == Path()
+    return options.output_dir / "checkpoints" / name if in_folder else name
+
+
+# ----------------------------------------------------------------------------------------------
+# testing
+
+MOST = 10  # candidates of the WER@k curves
+SHOWN = 4  # words of the attention figure
+
+
+def load_model(path, device):
+    """The model with the best validation CER of a checkpoint, the checkpoint's contents, and the
+    vocabularies of phonemes and characters. Raises UserError if it is not of question 3."""
+    saved = utils.load_checkpoint(path, device)
+    try:
+        phonemes, characters = (Vocabulary(saved["symbols"][s]) for s in ("phonemes", "characters"))
+        model = build_model(saved["config"]["options"], phonemes, characters).to(device)
+        model.load_state_dict(saved["best"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
+    return model.eval(), saved, phonemes, characters
+
+
+def test(run, data, device, options):
+    """Score the run's best checkpoint on the test words, print the report's lines, complete the
+    record and draw the figures."""
+    if not run.checkpoint.exists():
+        raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
+    model, saved, phonemes, characters = load_model(run.checkpoint, device)
+    words = to_tensors(data.splits["test"], phonemes, characters, device)
+    final = score(model, words, characters, options)
+    final["attention"] = attention_examples(
+        model, data.splits["test"][:SHOWN], phonemes, characters
+    )
+    print_scores(final, options, " (built-in sample)" if data.name == "sample" else "")
+    if saved["config"] != run.config:
+        print("The checkpoint is of another run or other data: no record and no figures written")
+        return
+    record = utils.load_record(run.record)
+    measured = record.pop("measured")
+    record |= {"final": final, "measured": measured}
+    utils.save_record(run.record, record)
+    draw_wer_at_k(run.figures / "wer-at-k.png", record)
+    if final["attention"]:
+        draw_attention(run.figures / "attention.png", record)
+    print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
+
+
+def score(model, words, characters, options):
+    """All test scores: greedy; nucleus sampling; beam search; WER@1 to WER@10 of the last two."""
+    true, max_len = words.spellings, options.max_len
+    greedy = spell_greedily(model, words, characters, max_len)
+    samples = spell_by_sampling(
+        model, words, characters, options.topp, max(options.k, MOST), options.seed, max_len
+    )
+    samples = [[spelling for spelling, _ in found] for found in samples]
+    final = {
+        "greedy": {"cer": cer(greedy, true), "wer": wer(greedy, true)},
+        "nucleus": {"p": options.topp, "k": options.k} | score_candidates(samples, true, options.k),
+        "curves": {"nucleus": [wer_at_k(samples, true, k) for k in range(1, MOST + 1)]},
+        "examples": [[w, list(dict.fromkeys(s[: options.k]))] for w, s in zip(true[:10], samples)],
+    }
+    for size in {options.beam_size or 5, MOST}:
+        found = spell_by_beam(model, words, characters, size, max_len)
+        found = [[spelling for spelling, _ in options] for options in found]
+        if size == MOST:
+            final["curves"]["beam"] = [wer_at_k(found, true, k) for k in range(1, MOST + 1)]
+        if size == (options.beam_size or 5):
+            final["beam"] = {"size": size} | score_candidates(found, true, min(size, options.k))
+    return final
+
+
+def score_candidates(candidates, true, k):
+    """CER and WER of the first candidates, and WER@1 to WER@k."""
+    first = [options[0] for options in candidates]
+    at_k = [wer_at_k(candidates, true, n) for n in range(1, k + 1)]
+    return {"cer": cer(first, true), "wer": wer(first, true), "wer_at_k": at_k}
+
+
+def print_scores(final, options, mark=""):
+    """Print the scores in the report's words."""
+
+    def line(scores):
+        print(f"Test CER: {scores['cer']:.4f}, Test WER: {scores['wer']:.4f}{mark}")
+
+    line(final["greedy"])
+    if options.nucleus:
+        nucleus = final["nucleus"]
+        print(f"Nucleus sampling, p = {nucleus['p']:g}, the first of {nucleus['k']} samples:")
+        line(nucleus)
+        print("Printing first 10 examples with multiple predictions:")
+        for word, spellings in final["examples"]:
+            print(f"({word!r}, {{{', '.join(map(repr, spellings))}}})")
+        print(f"Test WER@{nucleus['k']}: {nucleus['wer_at_k'][-1]:.4f}{mark}")
+    if options.beam_size:
+        beam = final["beam"]
+        print(f"Beam search, size {beam['size']}, the best:")
+        line(beam)
+        print(f"Test WER@{len(beam['wer_at_k'])}: {beam['wer_at_k'][-1]:.4f}{mark}")
+
+
+@torch.inference_mode()
+def attention_examples(model, pairs, phonemes, characters):
+    """For each pair the greedy spelling and where the model looked: a list of {phonemes, letters,
+    weights (letters x phonemes)}; empty without attention."""
+    if model.decoder.attention is None:
+        return []
+    examples = []
+    for pair in pairs:
+        device = model.decoder.embedding.weight.device
+        word = to_tensors([pair], phonemes, characters, device)
+        spelling = spell_greedily(model, word, characters)[0]
+        inputs = torch.tensor([[START, *characters.encode(spelling)]], device=device)
+        outputs, state = model.encoder(word.sources)
+        weights = model.decoder(inputs, state, model.decoder.remember(outputs))[2][0]
+        letters = [*spelling, "end"]
+        rows = [[round(weight, 4) for weight in row] for row in weights.tolist()]
+        examples.append({"phonemes": list(pair[0]), "letters": letters, "weights": rows})
+    return examples
+
+
+# ----------------------------------------------------------------------------------------------
+# figures
+
+
+def run_title(config):
+    """What a figure says above itself about the run."""
+    sample = "\n(built-in sample)" if config["data"]["name"] == "sample" else ""
+    attention = "Bahdanau attention" if config["options"]["use_attn"] else "no attention"
+    return f"spelling, {attention}{sample}"
+
+
+def draw_validation(path, record):
+    """Draw the validation CER of every epoch."""
+    curves = {"greedy": record["history"]["val_cer"]}
+    utils.plot_curves(path, run_title(record["config"]), "Validation CER", curves)
+
+
+def draw_wer_at_k(path, record):
+    """Draw WER@k against k, of nucleus sampling and of beam search."""
+    final = record["final"]
+    labels = {
+        "nucleus": f"nucleus sampling, p = {final['nucleus']['p']:g}",
+        "beam": f"beam search, size {MOST}",
+    }
+    fig, axes = utils.figure()
+    for (name, label), color, marker in zip(labels.items(), (utils.VERMILION, utils.BLUE), "os"):
+        values = final["curves"][name]
+        steps = range(1, len(values) + 1)
+        axes.plot(steps, values, color=color, marker=marker, markersize=4, label=label)
+    axes.set_xticks(range(1, MOST + 1))
+    axes.set(title=run_title(record["config"]), xlabel="k candidates a word", ylabel="Test WER@k")
+    axes.legend()
+    utils.save_figure(path, fig)
+
+
+def draw_attention(path, record):
+    """Draw where the model looks (phonemes across) for each letter it writes (letters down)."""
+    examples = record["final"]["attention"]
+    fig, grid = utils.figure(5.6, 5.2, 2, math.ceil(len(examples) / 2), squeeze=False)
+    for axes, example in zip(grid.flat, examples):
+        axes.grid(False)
+        image = axes.imshow(example["weights"], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(example["phonemes"])), example["phonemes"])
+        axes.set_yticks(range(len(example["letters"])), example["letters"])
+    fig.supxlabel("Phonemes read", fontsize=9)
+    fig.supylabel("Letters written", fontsize=9)
+    fig.suptitle(run_title(record["config"]), fontsize=9)
+    fig.colorbar(image, ax=grid, label="Attention weight", shrink=0.7)
+    utils.save_figure(path, fig)
+
+
+# ----------------------------------------------------------------------------------------------
+# spelling
+
+
+def segment(text, phonemes):
+    """IPA text as phonemes: at its spaces, or, if it has none, the longest known ones in turn."""
+    text = unicodedata.normalize("NFC", text).strip()
+    if len(text.split()) != 1:
+        return text.split()
+    longest = max(map(len, phonemes.symbols[len(SPECIAL) :]))
+    found = []
+    while text:
+        sizes = range(min(longest, len(text)), 0, -1)
+        size = next((n for n in sizes if text[:n] in phonemes.numbers), 1)
+        found.append(text[:size])
+        text = text[size:]
+    return found
+
+
+def spell(options, device):
+    """Spell the IPA of the arguments, of --input, or typed at a prompt."""
+    path = checkpoint_file(options) or utils.best_checkpoint(
+        options.output_dir / "checkpoints", "q3", lambda saved: -min(saved["history"]["val_cer"])
+    )
+    model, saved, phonemes, characters = load_model(path, device)
+    sample = (
+        ", trained on the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else ""
+    )
+    best = min(saved["history"]["val_cer"])
+    asked = not (options.ipa or options.input) and sys.stdin.isatty()
+    lines = [] if asked else options.ipa or read_lines(options.input)
+    print(f"Model: {path} (validation CER {best:.4f}{sample})", file=sys.stderr)
+    spell_lines(lines, model, phonemes, characters, options, device)
+    if not asked:
+        return
+    print("Type IPA, phonemes separated by spaces; an empty line ends.", file=sys.stderr)
+    for line in iter(lambda: input("IPA> "), ""):
+        spell_lines([line], model, phonemes, characters, options, device)
+
+
+def read_lines(name):
+    """The lines of a file, or of standard input if `name` is - or None."""
+    if name in ("-", None):
+        return sys.stdin.read().splitlines()
+    try:
+        return Path(name).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: cannot be read ({utils.one_line(error)})")
+
+
+def spell_lines(lines, model, phonemes, characters, options, device):
+    """Print IPA, TAB, spelling, TAB, log-probability: a line for each candidate."""
+    pairs = [(tuple(segment(line, phonemes)), "") for line in lines if line.strip()]
+    if not pairs:
+        return
+    unknown = sorted({s for sound, _ in pairs for s in sound} - set(phonemes.symbols))
+    if unknown:
+        print(f"Unknown phonemes: {' '.join(unknown)}", file=sys.stderr)
+    words = to_tensors(pairs, phonemes, characters, device)
+    given = model, words, characters
+    if options.beam_size:
+        found = spell_by_beam(*given, options.beam_size, options.max_len)
+    elif options.nucleus:
+        found = spell_by_sampling(*given, options.topp, options.k, options.seed, options.max_len)
+    else:
+        found = spell_by_beam(*given, 1, options.max_len)  # the same as greedily
+    for (sound, _), candidates in zip(pairs, found):
+        for spelling, log_prob in dict.fromkeys(candidates):
+            print(f"{' '.join(sound)}\t{spelling}\t{log_prob:.3f}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# main
+
+
+def main(argv=None):
+    """Do what the command line asks for."""
+    options = parse_options(argv)
+    device = utils.prepare_device(options.device, options.threads)
+    if options.mode == "spell":
+        spell(options, device)
+        return
+    data = load_data(options)
+    print("\n".join(audit(data)))
+    run = make_run(options, data)
+    if options.mode != "test":
+        train(run, data, device, options)
+    if options.mode != "train":
+        test(run, data, device, options)
+    if options.mode != "test":
+        utils.finish_run(run)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

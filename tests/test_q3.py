@@ -1,0 +1,764 @@
+"""Question 3: options, symbols, attention, decoding, scores, training, testing, spelling."""
+
+import io
+import itertools
+import json
+import math
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from rapidfuzz.distance import Levenshtein
+
+import hw2_q3
+import utils
+from hw2_q3 import END, PAD, START, UNK
+
+# Words of a small language in which every letter sounds like itself, written in capitals.
+WORDS = "a ab abc bac cab dab add bad dad fad fed feed bead deaf face fade cafe acceded baba deed"
+PAIRS = [(tuple(word.upper()), word) for word in WORDS.split(" ")]
+
+
+@pytest.fixture(scope="module")
+def words():
+    splits = {"train": PAIRS, "val": PAIRS[3:9], "test": PAIRS[8:18]}
+    return utils.Pronunciations(splits)
+
+
+@pytest.fixture(scope="module")
+def vocabularies():
+    phonemes = hw2_q3.Vocabulary.of(sound for sound, _ in PAIRS)
+    return phonemes, hw2_q3.Vocabulary.of(word for _, word in PAIRS)
+
+
+def build(vocabularies, seed=0, **options):
+    torch.manual_seed(seed)
+    options = {"hidden_size": 16, "dropout": 0.0, "use_attn": True} | options
+    return hw2_q3.build_model(options, *vocabularies).eval()
+
+
+def write_tsv(folder, pairs):
+    folder.mkdir(exist_ok=True)
+    for name, rows in pairs.items():
+        lines = "".join(f"{' '.join(sound)}\t{word}\n" for sound, word in rows)
+        (folder / f"{name}.tsv").write_bytes(lines.encode())
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, words):
+    s = words.splits
+    pairs = {"train": s["train"], "valid": s["val"], "test": s["test"]}
+    return write_tsv(tmp_path / "words", pairs)
+
+
+# ----------------------------------------------------------------------------------------------
+# options
+
+
+def options(*argv):
+    return hw2_q3.parse_options([str(word) for word in argv])
+
+
+def test_defaults_are_the_recipe():
+    o = options()
+    assert (o.n_epochs, o.batch_size, o.lr, o.dropout, o.hidden_size) == (20, 64, 0.003, 0.3, 128)
+    assert (o.use_attn, o.nucleus, o.topp, o.k, o.beam_size, o.max_len) == (
+        False,
+        False,
+        0.8,
+        3,
+        None,
+        50,
+    )
+    assert o.seed == 42
+
+
+def test_topp_implies_nucleus():
+    assert options("--topp", 0.9).nucleus
+    assert not options("train").nucleus
+
+
+def test_spell_takes_options_before_and_behind_its_words():
+    o = options("spell", "--beam_size", 3, "h ə", "--max_len", 9, "j uː")
+    assert (o.mode, o.ipa, o.beam_size, o.max_len) == ("spell", ["h ə", "j uː"], 3, 9)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--n_epochs 0", "--batch_size 0", "--lr 0", "--lr nan", "--dropout 1", "--hidden_size 7",
+        "--hidden_size 0", "--topp 0", "--topp 1.1", "--k 0", "--beam_size 0", "--max_len 0",
+        "--seed -1", "guess", "train abc", "--input x", "spell abc --input x", "--nucleas",
+        "--data_dir no/such/folder", "test --checkpoint_name no/such.pt", "--device abacus",
+        "spell a --checkpoint_name no/such.pt",
+    ],
+)  # fmt: skip
+def test_bad_options_end_with_one_line(line, fails, folder, tmp_path):
+    argv = line.split()
+    if "--data_dir" not in line and not line.startswith("spell"):
+        argv += ["--data_dir", folder, "--output_dir", tmp_path]
+    fails(hw2_q3.main, argv)
+
+
+@pytest.mark.parametrize("line", ["", "--use_attn", "--lr 0.01 --seed 3 --hidden_size 64"])
+def test_the_recorded_command_repeats_the_run(line):
+    chosen = {name: getattr(options(*line.split()), name) for name in hw2_q3.RUN_OPTIONS}
+    command = hw2_q3.command(chosen)
+    assert command.startswith("python hw2_q3.py")
+    assert set(command.split()[2:]) == set(line.split())
+
+
+# ----------------------------------------------------------------------------------------------
+# symbols and batches
+
+
+def test_vocabulary_round_trip(vocabularies):
+    _, characters = vocabularies
+    for _, word in PAIRS:
+        assert characters.decode(characters.encode(word)) == word
+        assert characters.decode([*characters.encode(word), END, 5, 6]) == word
+    assert characters.decode([END]) == ""
+    assert characters.encode("aza") == [4, UNK, 4]
+    assert characters.symbols[:4] == list(hw2_q3.SPECIAL)
+
+
+def test_tensors_are_padded_and_framed(vocabularies):
+    phonemes, characters = vocabularies
+    tensors = hw2_q3.to_tensors([(("A", "B", "X"), "ab"), (("A",), "aby")], phonemes, characters)
+    assert tensors.sources.tolist() == [[4, 5, UNK], [4, PAD, PAD]]
+    assert tensors.targets.tolist() == [[START, 4, 5, END, PAD], [START, 4, 5, UNK, END]]
+    assert tensors.lengths.tolist() == [3, 1]
+    assert tensors.target_lengths.tolist() == [4, 5]
+
+
+def test_an_epoch_shows_every_word_once(vocabularies):
+    words = hw2_q3.to_tensors(PAIRS, *vocabularies)
+    seen, totals = [], torch.zeros(2)
+
+    def step(sources, lengths, targets):
+        totals.add_(1)
+        for source, length, target in zip(sources.tolist(), lengths.tolist(), targets.tolist()):
+            assert PAD not in source[:length]
+            assert set(source[length:]) <= {PAD}
+            seen.append((tuple(source[:length]), vocabularies[1].decode(target[1:])))
+
+    for _ in range(2):
+        seen.clear()
+        assert hw2_q3.train_epoch(step, totals, words, batch_size=6) == 1
+        expected = [(tuple(vocabularies[0].encode(sound)), word) for sound, word in PAIRS]
+        assert sorted(seen) == sorted(expected)
+
+
+def test_teacher_forcing_shifts_by_one(vocabularies):
+    """The model gets START and all characters but the last and must tell all but START."""
+    model = build(vocabularies)
+    seen = {}
+
+    class Spy(torch.nn.Module):
+        def forward(self, sources, inputs, lengths):
+            seen["inputs"] = inputs
+            return model(sources, inputs, lengths) * 0
+
+    totals = torch.zeros(2)
+    step = hw2_q3.make_step(Spy(), torch.optim.SGD(model.parameters(), 0.1), totals)
+    targets = torch.tensor([[START, 4, 5, END], [START, 6, END, PAD]])
+    step(torch.tensor([[4, 5], [6, PAD]]), torch.tensor([2, 1]), targets)
+    assert seen["inputs"].tolist() == [[START, 4, 5], [START, 6, END]]
+    # five characters count, padding does not; logits of 0 make each cost log(10)
+    assert totals.tolist() == pytest.approx([5 * math.log(10), 5])
+
+
+def test_padding_changes_neither_loss_nor_gradients(vocabularies):
+    sources, targets = (
+        torch.tensor([[4, 5], [6, 4]]),
+        torch.tensor([[START, 4, END], [START, 5, END]]),
+    )
+    lengths = torch.tensor([2, 2])
+    padded = torch.cat((targets, torch.full((2, 3), PAD)), 1)
+    gradients = []
+    for batch in (targets, padded):
+        model = build(vocabularies)
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        hw2_q3.make_step(model, optimizer, torch.zeros(2))(sources, lengths, batch)
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
+
+
+# ----------------------------------------------------------------------------------------------
+# model
+
+
+def loop_attention(attention, states, values, lengths):
+    """Bahdanau attention one state and one position at a time."""
+    contexts, weights = torch.zeros_like(states), torch.zeros(*states.shape[:2], values.shape[1])
+    for b, t in itertools.product(range(states.shape[0]), range(states.shape[1])):
+        scores = []
+        for i in range(lengths[b]):
+            inside = attention.key.weight @ values[b, i]
+            inside = inside + attention.query.weight @ states[b, t] + attention.query.bias
+            scores.append(attention.score.weight[0] @ torch.tanh(inside))
+        weights[b, t, : lengths[b]] = torch.stack(scores).softmax(0)
+        context = sum(weights[b, t, i] * values[b, i] for i in range(lengths[b]))
+        joined = torch.cat((context, states[b, t]))
+        contexts[b, t] = torch.tanh(attention.combine.weight @ joined + attention.combine.bias)
+    return contexts, weights
+
+
+def test_attention_equals_a_loop():
+    torch.manual_seed(0)
+    attention = hw2_q3.BahdanauAttention(7)
+    states, values, lengths = torch.randn(3, 2, 7), torch.randn(3, 5, 7), [5, 3, 1]
+    mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
+    memory = hw2_q3.Memory(values, attention.key(values), mask)
+    outputs, weights = attention(states, memory)
+    expected, expected_weights = loop_attention(attention, states, values, lengths)
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(weights, expected_weights)
+    assert (weights[~mask.unsqueeze(1).expand_as(weights)] == 0).all()  # exactly
+    torch.testing.assert_close(weights.sum(2), torch.ones(3, 2))
+
+
+def test_without_a_mask_nothing_is_masked():
+    torch.manual_seed(0)
+    attention = hw2_q3.BahdanauAttention(4)
+    states, values = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    keys = attention.key(values)
+    whole = attention(states, hw2_q3.Memory(values, keys))
+    masked = attention(states, hw2_q3.Memory(values, keys, torch.ones(2, 5, dtype=torch.bool)))
+    torch.testing.assert_close(whole, masked)
+
+
+@pytest.mark.parametrize("use_attn", [True, False])
+def test_padded_sources_give_what_each_word_gives_alone(vocabularies, use_attn):
+    model = build(vocabularies, use_attn=use_attn)
+    tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
+    inputs = tensors.targets[:, :-1]
+    together = model(tensors.sources, inputs, tensors.lengths)
+    for i, length in enumerate(tensors.lengths):
+        alone = model(tensors.sources[i : i + 1, :length], inputs[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_all_steps_at_once_equal_one_at_a_time(vocabularies):
+    model = build(vocabularies)
+    sources, inputs = torch.tensor([[4, 5, 6]]), torch.tensor([[START, 4, 5, 6]])
+    outputs, state = model.encoder(sources)
+    memory = model.decoder.remember(outputs)
+    steps = []
+    for t in range(4):
+        logits, state, _ = model.decoder(inputs[:, t : t + 1], state, memory)
+        steps.append(logits)
+    torch.testing.assert_close(torch.cat(steps, 1), model(sources, inputs))
+
+
+def test_the_output_layer_is_the_embedding(vocabularies):
+    model = build(vocabularies)
+    assert model.decoder.output.weight is model.decoder.embedding.weight
+    names = [name for name, _ in model.named_parameters()]
+    assert "decoder.embedding.weight" in names
+    assert "decoder.output.weight" not in names
+
+
+def test_parameter_count_of_the_recipe():
+    symbols, characters, h = 107, 93, 128
+    vocabularies = [None] * symbols, [None] * characters
+    lstm = 2 * (4 * h // 2 * (h + h // 2) + 2 * 4 * h // 2) + 4 * h * 2 * h + 2 * 4 * h
+    plain = symbols * h + characters * h + lstm + characters
+    attention = h * h + (h * h + h) + h + (2 * h * h + h)
+    for use_attn, count in ((False, plain), (True, plain + attention)):
+        o = {"hidden_size": h, "dropout": 0.3, "use_attn": use_attn}
+        model = hw2_q3.build_model(o, *vocabularies)
+        assert sum(p.numel() for p in model.parameters()) == count
+
+
+# ----------------------------------------------------------------------------------------------
+# decoding
+
+
+@pytest.mark.parametrize("use_attn", [True, False])
+@pytest.mark.parametrize("rows", [2048, 7])
+def test_batched_greedy_equals_one_word_at_a_time(vocabularies, monkeypatch, use_attn, rows):
+    monkeypatch.setattr(hw2_q3, "ROWS", rows)
+    phonemes, characters = vocabularies
+    for seed in range(3):
+        model = build(vocabularies, seed, use_attn=use_attn)
+        together = hw2_q3.spell_greedily(
+            model, hw2_q3.to_tensors(PAIRS, phonemes, characters), characters, 12
+        )
+        for (sound, word), spelled in zip(PAIRS, together):
+            alone = hw2_q3.to_tensors([(sound, word)], phonemes, characters)
+            assert hw2_q3.spell_greedily(model, alone, characters, 12) == [spelled]
+            assert spelled == plain_greedy(model, alone.sources, characters, 12)
+
+
+def plain_greedy(model, sources, characters, max_len):
+    """Greedy decoding as a beginner would write it: the whole prefix again for each character."""
+    inputs = [START]
+    while len(inputs) <= max_len and inputs[-1] != END:
+        logits = model(sources, torch.tensor([inputs]))[0, -1]
+        logits[[PAD, UNK, START]] = -torch.inf
+        inputs.append(int(logits.argmax()))
+    return characters.decode(inputs[1:])
+
+
+def test_a_beam_of_one_is_greedy(vocabularies):
+    for seed in range(5):
+        model = build(vocabularies, seed)
+        tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
+        greedy = hw2_q3.spell_greedily(model, tensors, vocabularies[1], 10)
+        beam = hw2_q3.spell_by_beam(model, tensors, vocabularies[1], 1, 10)
+        assert [found[0][0] for found in beam] == greedy
+
+
+def every_spelling(model, sources, size, max_len):
+    """{numbers: log-probability} of every spelling of at most max_len characters, END included."""
+    outputs, state = model.encoder(sources)
+    memory = model.decoder.remember(outputs)
+    scores = {}
+
+    def extend(prefix, state, score):
+        logits, state, _ = model.decoder(torch.tensor([prefix[-1:]]), state, memory)
+        logits[:, :, :END] = -torch.inf
+        for number, log_prob in enumerate(logits[0, 0].log_softmax(0).tolist()):
+            longer = [*prefix, number]
+            if number == END or (number > END and len(longer) > max_len):
+                scores[tuple(longer[1:])] = score + log_prob
+            elif number > END:
+                extend(longer, state, score + log_prob)
+
+    with torch.inference_mode():
+        extend([START], state, 0.0)
+    return scores
+
+
+def test_beam_search_finds_the_best_of_all():
+    """With a beam as wide as all prefixes the n best are those of an exhaustive search."""
+    vocabularies = hw2_q3.Vocabulary.of(["AB"]), hw2_q3.Vocabulary.of(["ab"])
+    for seed in range(4):
+        model = build(vocabularies, seed)
+        sources, lengths = torch.tensor([[4, 5, 4], [5, PAD, PAD]]), torch.tensor([3, 1])
+        characters, scores = hw2_q3.beam_search(model, sources, lengths, 16, max_len=4)
+        for row, length in enumerate(lengths):
+            expected = every_spelling(model, sources[row : row + 1, :length], 6, 4)
+            best = sorted(expected.items(), key=lambda item: -item[1])[:16]
+            found = [tuple(n for n in spelled if n != PAD) for spelled in characters[row].tolist()]
+            assert found == [spelling for spelling, _ in best]
+            assert scores[row].tolist() == pytest.approx([score for _, score in best], abs=1e-5)
+
+
+def test_a_narrow_beam_is_sorted_and_its_scores_are_true():
+    vocabularies = hw2_q3.Vocabulary.of(["AB"]), hw2_q3.Vocabulary.of(["ab"])
+    model = build(vocabularies, 1)
+    sources, lengths = torch.tensor([[4, 5, 4]]), torch.tensor([3])
+    characters, scores = hw2_q3.beam_search(model, sources, lengths, 3, max_len=4)
+    expected = every_spelling(model, sources, 6, 4)
+    found = [tuple(n for n in spelled if n != PAD) for spelled in characters[0].tolist()]
+    assert len(set(found)) == 3
+    assert scores[0].tolist() == pytest.approx([expected[spelling] for spelling in found], abs=1e-5)
+    assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
+
+
+def test_fewer_spellings_than_the_beam_is_wide(vocabularies):
+    tensors = hw2_q3.to_tensors(PAIRS[:2], *vocabularies)
+    found = hw2_q3.spell_by_beam(build(vocabularies), tensors, vocabularies[1], 40, max_len=1)
+    assert [len(options) for options in found] == [7, 7]  # six letters and the empty word
+
+
+def test_sampled_log_probabilities_are_the_models():
+    vocabularies = hw2_q3.Vocabulary.of(["AB"]), hw2_q3.Vocabulary.of(["ab"])
+    model = build(vocabularies, 2)
+    words = hw2_q3.to_tensors([(("A", "B"), "")], *vocabularies)
+    expected = every_spelling(model, words.sources, 6, 5)
+    spelled = {vocabularies[1].decode(numbers): score for numbers, score in expected.items()}
+    for spelling, score in hw2_q3.spell_by_sampling(model, words, vocabularies[1], 1.0, 20, 0, 5)[
+        0
+    ]:
+        assert score == pytest.approx(spelled[spelling], abs=1e-5)
+
+
+NUCLEI = {
+    "the crossing token is kept": ([0.5, 0.3, 0.15, 0.05], 0.7, [0.5, 0.3, 0, 0]),
+    "reached exactly, no more": ([0.5, 0.25, 0.125, 0.125], 0.75, [0.5, 0.25, 0, 0]),
+    "one token above p": ([0.05, 0.9, 0.05], 0.8, [0, 0.9, 0]),
+    "p tiny": ([0.2, 0.3, 0.5], 1e-9, [0, 0, 0.5]),
+    "p = 1 keeps all": ([0.7, 0.3 - 1e-6, 1e-6], 1.0, [0.7, 0.3 - 1e-6, 1e-6]),
+    "unsorted": ([0.1, 0.4, 0.2, 0.3], 0.6, [0, 0.4, 0, 0.3]),
+    "ties: the first": ([0.25, 0.25, 0.25, 0.25], 0.4, [0.25, 0.25, 0, 0]),
+    "a forbidden token": ([0.0, 0.6, 0.4], 1.0, [0, 0.6, 0.4]),
+}
+
+
+@pytest.mark.parametrize(("probs", "p", "kept"), NUCLEI.values(), ids=NUCLEI)
+def test_nucleus_by_hand(probs, p, kept):
+    expected = torch.tensor([kept]) / sum(kept)
+    torch.testing.assert_close(hw2_q3.nucleus(torch.tensor([probs]).log(), p), expected)
+
+
+def test_nuclei_of_rows_do_not_mix():
+    rows = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
+    both = hw2_q3.nucleus(rows, 0.75)
+    for i in range(2):
+        torch.testing.assert_close(both[i : i + 1], hw2_q3.nucleus(rows[i : i + 1], 0.75))
+
+
+def test_the_sampler_has_the_nucleuss_frequencies():
+    log_probs = torch.tensor([[0.0, 0.4, 0.3, 0.2, 0.1]]).log().expand(20000, 5)
+    drawn = hw2_q3.sampler(0.8, 0, "cpu")(log_probs).bincount(minlength=5) / 20000
+    expected = torch.tensor([0, 4 / 9, 3 / 9, 2 / 9, 0])
+    torch.testing.assert_close(drawn, expected, atol=0.012, rtol=0)
+    assert drawn[[0, 4]].sum() == 0
+
+
+def test_samples_repeat_by_seed(vocabularies):
+    model, tensors = build(vocabularies), hw2_q3.to_tensors(PAIRS, *vocabularies)
+    a, b, c = (
+        hw2_q3.spell_by_sampling(model, tensors, vocabularies[1], 0.9, 3, seed, 12)
+        for seed in (1, 1, 2)
+    )
+    assert a == b
+    assert a != c
+    assert all(len(options) == 3 for options in a)
+
+
+@pytest.mark.parametrize("p", [0.8, 1.0])
+def test_sampling_never_emits_padding_start_or_unknown(vocabularies, p):
+    """Even from a model that would like to."""
+    model = build(vocabularies)
+    with torch.no_grad():
+        model.decoder.output.bias[[PAD, UNK, START]] = 50.0
+    tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
+    choose = hw2_q3.sampler(p, 0, "cpu")
+    numbers, scores = hw2_q3.generate(model, tensors.sources, tensors.lengths, choose, 4, 15)
+    assert torch.isfinite(scores).all()
+    for row in numbers.flatten(0, 1).tolist():
+        end = row.index(END) if END in row else len(row)
+        assert all(number > END for number in row[:end])
+        assert all(number == PAD for number in row[end + 1 :])
+
+
+# ----------------------------------------------------------------------------------------------
+# scores
+
+CASES = {
+    "match": (["abc"], ["abc"], 0, 0),
+    "substitution": (["abd"], ["abc"], 1 / 3, 1),
+    "insertion": (["abxc"], ["abc"], 1 / 3, 1),
+    "deletion": (["ac"], ["abc"], 1 / 3, 1),
+    "nothing written": ([""], ["abc"], 1, 1),
+    "much too long": (["aaaaaaaaab"], ["b"], 9, 1),
+    "letter case counts": (["paris"], ["Paris"], 1 / 5, 1),
+    "accents count": (["crudites"], ["crudités"], 1 / 8, 1),
+    "summed, not averaged by word": (["x", "abcdefgh"], ["a", "abcdefghi"], 2 / 10, 1),
+    "half the words": (["ab", "cd"], ["ab", "ce"], 1 / 4, 1 / 2),
+}
+
+
+@pytest.mark.parametrize(("predicted", "true", "characters", "words"), CASES.values(), ids=CASES)
+def test_error_rates(predicted, true, characters, words):
+    assert hw2_q3.cer(predicted, true) == pytest.approx(characters)
+    assert hw2_q3.wer(predicted, true) == pytest.approx(words)
+
+
+def test_error_rates_against_rapidfuzz_and_by_chance():
+    torch.manual_seed(0)
+    draw = lambda: "".join("abc"[i] for i in torch.randint(0, 3, (5,)))  # noqa: E731
+    pairs = [(draw(), draw()) for _ in range(50)]
+    predicted, true = zip(*pairs)
+    assert hw2_q3.cer(predicted, true) == sum(Levenshtein.distance(a, b) for a, b in pairs) / 250
+
+
+def test_wer_at_k():
+    candidates, true = [["a", "b", "c"], ["x", "y", "b"], ["q"]], ["b", "b", "b"]
+    assert [hw2_q3.wer_at_k(candidates, true, k) for k in (1, 2, 3, 9)] == [1, 2 / 3, 1 / 3, 1 / 3]
+
+
+def test_scores_of_lists_of_different_length():
+    with pytest.raises(ValueError, match="zip"):
+        hw2_q3.cer(["a"], ["a", "b"])
+
+
+# ----------------------------------------------------------------------------------------------
+# training and testing
+
+
+@pytest.fixture
+def train(folder, tmp_path):
+    """train(argv...) -> (record, checkpoint) of a run of 3 epochs on the small language."""
+
+    def run(*argv, out="out"):
+        out = tmp_path / out
+        argv = ["--data_dir", folder, "--output_dir", out, "--threads", 1, *argv]
+        hw2_q3.main([str(word) for word in ("--hidden_size", 16, "--n_epochs", 3, *argv)])
+        (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*")
+        return utils.load_record(record), utils.load_checkpoint(checkpoint)
+
+    return run
+
+
+def without_measured(record):
+    return {key: value for key, value in record.items() if key != "measured"}
+
+
+def assert_equal_weights(first, second):
+    for part in ("model", "best"):
+        for name, weights in first[part].items():
+            assert torch.equal(weights, second[part][name]), name
+
+
+def test_overfits_twenty_words(train, tmp_path):
+    write_tsv(tmp_path / "words", dict.fromkeys(("train", "valid", "test"), PAIRS[:20]))
+    argv = "--use_attn --dropout 0 --n_epochs 60 --hidden_size 48 --lr 0.01 --batch_size 8"
+    record, _ = train(*argv.split())
+    assert min(record["history"]["val_cer"]) == 0
+    assert record["final"]["greedy"] == {"cer": 0, "wer": 0}
+
+
+@pytest.mark.parametrize("argv", [["--use_attn"], []], ids=["attention", "plain"])
+def test_output_record_and_figures_of_a_run(train, tmp_path, capsys, argv, words):
+    record, saved = train(*argv, "--nucleus", "--beam_size", 4)
+    lines = capsys.readouterr().out.splitlines()
+    final = record["final"]
+    assert sum("Validation CER: " in line for line in lines) == 3
+    scores = [line for line in lines if line.startswith("Test CER: ")]
+    expected = [final[name] for name in ("greedy", "nucleus", "beam")]
+    assert scores == [f"Test CER: {s['cer']:.4f}, Test WER: {s['wer']:.4f}" for s in expected]
+    assert any("p = 0.8" in line for line in lines)
+    at = lines.index("Printing first 10 examples with multiple predictions:")
+    for line, (word, spellings) in zip(lines[at + 1 : at + 11], final["examples"]):
+        assert line == f"({word!r}, {{{', '.join(map(repr, spellings))}}})"
+        assert len(set(spellings)) == len(spellings) <= 3
+    assert [word for word, _ in final["examples"]] == [w for _, w in words.splits["test"]]
+    assert lines[at + 11] == f"Test WER@3: {final['nucleus']['wer_at_k'][2]:.4f}"
+    assert f"Test WER@3: {final['beam']['wer_at_k'][2]:.4f}" in lines[at + 12 :]
+    for curve in final["curves"].values():
+        assert len(curve) == 10
+        assert curve == sorted(curve, reverse=True)
+    assert record["best_epoch"] == 1 + record["history"]["val_cer"].index(
+        min(record["history"]["val_cer"])
+    )
+    assert saved["finished"]
+    (figures,) = (tmp_path / "out" / "figures").glob("q3-*")
+    names = {"validation-cer", "wer-at-k"} | ({"attention"} if argv else set())
+    assert {path.stem for path in figures.iterdir()} == names
+    for path in figures.iterdir():
+        assert Image.open(path).width >= 600
+    for example in final["attention"]:
+        weights = torch.tensor(example["weights"])
+        assert weights.shape == (len(example["letters"]), len(example["phonemes"]))
+        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)), atol=1e-3, rtol=0)
+    assert len(final["attention"]) == (4 if argv else 0)
+    assert str(tmp_path) not in json.dumps(record)
+
+
+def test_the_best_epochs_weights_are_tested(train, monkeypatch, folder):
+    """The second of three epochs is made the best by its score."""
+    scores = iter([0.9, 0.3, 0.5])
+    weights = []
+
+    def cer(predicted, true):
+        return next(scores, 0.0)
+
+    real_save = utils.save_run
+
+    def save(run, model, *args, **kwargs):
+        weights.append({name: w.clone() for name, w in model.state_dict().items()})
+        real_save(run, model, *args, **kwargs)
+
+    monkeypatch.setattr(hw2_q3, "cer", cer)
+    monkeypatch.setattr(utils, "save_run", save)
+    record, saved = train()
+    assert record["best_epoch"] == 2
+    for name, best in saved["best"].items():
+        assert torch.equal(best, weights[1][name])
+        assert torch.equal(saved["model"][name], weights[2][name])
+
+
+def test_the_same_run_twice_gives_the_same_bits(train):
+    first, second = (train("--use_attn", out=out) for out in "ab")
+    assert_equal_weights(first[1], second[1])
+    assert without_measured(first[0]) == without_measured(second[0])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["after an epoch", "within an epoch", "before the test"])
+def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, moment):
+    argv = ["--use_attn", "--n_epochs", 5, "--batch_size", 4]
+    real_save, real_step, real_test = utils.save_run, hw2_q3.make_step, hw2_q3.test
+    done = []
+
+    def save(*args, **kwargs):
+        real_save(*args, **kwargs)
+        done.append(1)
+        if moment == "after an epoch" and len(done) == 2:
+            raise Killed
+
+    def make_step(*args):
+        step = real_step(*args)
+
+        def dying(*batch):
+            step(*batch)
+            if moment == "within an epoch" and len(done) == 2:
+                raise Killed
+
+        return dying
+
+    def test(*args):
+        if moment == "before the test":
+            raise Killed
+        real_test(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "save_run", save)
+        patch.setattr(hw2_q3, "make_step", make_step)
+        patch.setattr(hw2_q3, "test", test)
+        with pytest.raises(Killed):
+            train(*argv)
+    capsys.readouterr()
+    continued = train(*argv)
+    epochs = 5 if moment == "before the test" else 2
+    assert f"Going on after epoch {epochs}" in capsys.readouterr().out
+    whole = train(*argv, out="undisturbed")
+    assert_equal_weights(continued[1], whole[1])
+    assert without_measured(continued[0]) == without_measured(whole[0])
+
+
+def test_train_then_test_is_the_same_as_both(train, folder, tmp_path, capsys):
+    both = train("--nucleus", out="both")
+    text = capsys.readouterr().out
+    argv = ["--data_dir", folder, "--output_dir", tmp_path / "apart", "--hidden_size", 16]
+    argv = [str(word) for word in (*argv, "--n_epochs", 3, "--threads", 1)]
+    hw2_q3.main(["train", *argv])
+    assert "Test CER" not in capsys.readouterr().out
+    hw2_q3.main(["test", "--nucleus", *argv])
+    again = capsys.readouterr().out
+    (record,) = (tmp_path / "apart" / "figures" / "runs").iterdir()
+    assert without_measured(utils.load_record(record)) == without_measured(both[0])
+    tail = text[text.index("Test CER") : text.index("Figures")]
+    assert tail in again
+    hw2_q3.main(["test", "--nucleus", *argv])
+    assert tail in capsys.readouterr().out
+
+
+def test_another_checkpoint_is_tested_but_not_recorded(train, folder, tmp_path, capsys):
+    train("--use_attn", "--checkpoint_name", "mine.pt", out="a")
+    mine = tmp_path / "a" / "checkpoints" / "mine.pt"
+    argv = ["--data_dir", folder, "--output_dir", tmp_path / "b", "--checkpoint_name", mine]
+    hw2_q3.main(["test", *map(str, argv)])
+    output = capsys.readouterr().out
+    assert "Test CER" in output
+    assert "no record" in output
+    assert not (tmp_path / "b").exists()
+
+
+def test_bad_checkpoints(train, folder, tmp_path, fails):
+    argv = ["test", "--data_dir", folder, "--output_dir", tmp_path]
+    assert "train the model first" in fails(hw2_q3.main, argv)
+    utils.save_checkpoint(tmp_path / "x.pt", config={"options": {}}, history={}, model={})
+    argv += ["--checkpoint_name", tmp_path / "x.pt"]
+    assert "not a model of question 3" in fails(hw2_q3.main, argv)
+
+
+def test_without_data_the_sample_is_used_and_marked(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.setattr(hw2_q3, "DATA_DIR", tmp_path)
+    small = utils.Pronunciations(words.splits, "sample")
+    monkeypatch.setattr("data.sample.choose_pronunciations", lambda: small)
+    argv = ["--n_epochs", 1, "--hidden_size", 8, "--nucleus", "--output_dir", tmp_path]
+    hw2_q3.main([str(word) for word in argv])
+    output = capsys.readouterr().out
+    assert "built-in SAMPLE" in output
+    assert output.count("(built-in sample)") == 3
+    assert list(tmp_path.glob("figures/runs/*-sample-*.json"))
+
+
+def test_audit_counts_words_on_two_sides_and_new_symbols():
+    train, held_out = [(("A",), "a")], [(("A",), "a"), (("B", "A"), "ba")]
+    data = utils.Pronunciations({"train": train, "val": held_out, "test": held_out[1:]})
+    text = " ".join(hw2_q3.audit(data))
+    assert "1 training, 2 validation, 1 test" in text
+    assert "1 validation, 0 test" in text
+    assert "1 phonemes (B), 1 characters (b)" in text
+
+
+def test_the_assignments_split(real_data):
+    data = utils.load_pronunciations(real_data / "pronunciations")
+    assert [len(data.splits[split]) for split in utils.SPLITS] == [10000, 1000, 1000]
+    assert "42 validation, 45 test" in " ".join(hw2_q3.audit(data))
+    assert data.splits["test"][0] == (("ɹ", "ə", "m", "e", "ɪ", "n", "d", "ɚ"), "remainder")
+
+
+# ----------------------------------------------------------------------------------------------
+# spelling
+
+
+@pytest.fixture
+def spell(train, tmp_path, capsys):
+    """spell(argv...) -> rows of the output, fields split, and what was said on stderr."""
+    train("--use_attn", "--n_epochs", 5)
+    capsys.readouterr()
+
+    def run(*argv):
+        hw2_q3.main([str(word) for word in ("spell", *argv, "--output_dir", tmp_path / "out")])
+        out, err = capsys.readouterr()
+        return [line.split("\t") for line in out.splitlines()], err
+
+    return run
+
+
+def test_spelling_arguments_files_and_standard_input(spell, tmp_path, monkeypatch):
+    rows, err = spell("C A B", "D A D")
+    assert [row[0] for row in rows] == ["C A B", "D A D"]
+    assert "validation CER" in err
+    (tmp_path / "ipa.txt").write_text("C A B\n\nD A D\n")
+    assert spell("--input", tmp_path / "ipa.txt")[0] == rows
+    for argv in ([], ["--input", "-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("C A B\nD A D\n"))
+        assert spell(*argv)[0] == rows
+    assert spell("CAB", "DAD")[0] == rows  # without spaces
+
+
+def test_spelling_at_a_prompt(spell, monkeypatch):
+    answers = iter(["C A B", "D A D", ""])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    assert [row[0] for row in spell()[0]] == ["C A B", "D A D"]
+
+
+def test_spelling_candidates_with_log_probabilities(spell):
+    rows, _ = spell("C A B", "--beam_size", 4)
+    scores = [float(row[2]) for row in rows]
+    assert len({row[1] for row in rows}) == 4
+    assert scores == sorted(scores, reverse=True)
+    assert all(score <= 0 for score in scores)
+    sampled, _ = spell("C A B", "--nucleus", "--k", 5)
+    assert 1 <= len(sampled) <= 5
+    assert spell("C A B", "--nucleus", "--k", 5)[0] == sampled
+
+
+def test_unknown_phonemes_are_reported(spell):
+    rows, err = spell("C ʘ B")
+    assert "Unknown phonemes: ʘ" in err
+    assert rows[0][0] == "C ʘ B"
+    assert "Unknown" not in spell("C A B")[1]
+
+
+def test_bad_input_for_spelling(spell, tmp_path, fails):
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
+    for name in (tmp_path / "none.txt", tmp_path / "x.txt"):
+        argv = ["spell", "--input", name, "--output_dir", tmp_path / "out"]
+        assert "cannot be read" in fails(hw2_q3.main, argv)
+    assert "no trained network" in fails(
+        hw2_q3.main, ["spell", "a", "--output_dir", tmp_path / "no"]
+    )
+
+
+def test_segmenting_by_the_longest_phoneme():
+    phonemes = hw2_q3.Vocabulary.of([("t", "t͡ʃ", "a", "aː")])
+    assert hw2_q3.segment("t͡ʃaːta", phonemes) == ["t͡ʃ", "aː", "t", "a"]
+    assert hw2_q3.segment(" t͡ʃ  a x ", phonemes) == ["t͡ʃ", "a", "x"]
+    assert hw2_q3.segment("tx", phonemes) == ["t", "x"]
