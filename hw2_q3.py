@@ -163,16 +163,16 @@ class Memory(NamedTuple):
     """What the encoder leaves for attention to look at.
 
     values: (B, S, H), the encoder's outputs; keys: (B, S, H), their projections, made once
-    mask: bool (B, S), true where there is a phoneme; None where there is one everywhere
+    mask: bool (B, S), true where there is a phoneme
     """
 
     values: torch.Tensor
     keys: torch.Tensor
-    mask: torch.Tensor | None = None
+    mask: torch.Tensor
 
     def select(self, rows):
         """The memory of these words."""
-        return Memory(self.values[rows], self.keys[rows], self.mask[rows])
+        return Memory(*(part[rows] for part in self))
 
 
 class BahdanauAttention(nn.Module):
@@ -195,15 +195,15 @@ class BahdanauAttention(nn.Module):
         """states (B, T, H) -> states with context (B, T, H) and attention weights (B, T, S)."""
         queries = self.query(states).unsqueeze(2)  # (B, T, 1, H)
         scores = self.score(torch.tanh(memory.keys.unsqueeze(1) + queries)).squeeze(3)  # (B, T, S)
-        if memory.mask is not None:
-            scores = scores.masked_fill(~memory.mask.unsqueeze(1), -torch.inf)
+        scores = scores.masked_fill(~memory.mask.unsqueeze(1), -torch.inf)
         weights = scores.softmax(2)  # exactly 0 where masked
         context = weights @ memory.values  # (B, T, H)
         return torch.tanh(self.combine(torch.cat((context, states), 2))), weights
 
 
 class Encoder(nn.Module):
-    """Bidirectional LSTM over the phonemes: (B, S) -> outputs (B, S, H) and state 2 x (1, B, H)."""
+    """Bidirectional LSTM: phonemes (B, S), padded, and their numbers (B,), on the CPU, -> outputs
+    (B, S, H) and final states 2 x (1, B, H)."""
 
     def __init__(self, symbols, hidden_size, dropout):
         super().__init__()
@@ -211,14 +211,12 @@ class Encoder(nn.Module):
         self.lstm = nn.LSTM(hidden_size, hidden_size // 2, batch_first=True, bidirectional=True)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, sources, lengths=None):
-        """lengths: (B,), on the CPU, if the rows are padded."""
+    def forward(self, sources, lengths):
         x = self.dropout(self.embedding(sources))  # (B, S, H)
-        if lengths is not None:
-            x = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        outputs, state = self.lstm(x)  # (B, S, H), 2 x (2, B, H / 2)
-        if lengths is not None:
-            outputs, _ = pad_packed_sequence(outputs, batch_first=True)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        outputs, state = self.lstm(packed)  # 2 x (2, B, H / 2)
+        whole = {"batch_first": True, "total_length": sources.shape[1]}
+        outputs, _ = pad_packed_sequence(outputs, **whole)  # (B, S, H)
         state = tuple(part.transpose(0, 1).flatten(1).unsqueeze(0) for part in state)
         return self.dropout(outputs), state
 
@@ -235,11 +233,6 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden_size, symbols)
         self.output.weight = self.embedding.weight
-
-    def remember(self, outputs, mask=None):
-        """The Memory of the encoder's outputs (B, S, H)."""
-        keys = self.attention.key(outputs) if self.attention else outputs
-        return Memory(outputs, keys, mask)
 
     def forward(self, characters, state, memory):
         """characters (B, T), state 2 x (1, B, H) -> logits (B, T, V), the state after them, and
@@ -260,14 +253,17 @@ class Seq2Seq(nn.Module):
         self.encoder = Encoder(phonemes, hidden_size, dropout)
         self.decoder = Decoder(characters, hidden_size, dropout, use_attn)
 
-    def forward(self, sources, inputs, lengths=None):
-        """sources (B, S), characters so far (B, T) -> logits (B, T, V) of the next ones.
-
-        lengths: (B,), on the CPU, if the sources are padded.
-        """
+    def encode(self, sources, lengths):
+        """Phonemes (B, S), lengths (B,) on the CPU -> Memory, None without attention, and state."""
         outputs, state = self.encoder(sources, lengths)
-        mask = None if lengths is None else sources != PAD
-        return self.decoder(inputs, state, self.decoder.remember(outputs, mask))[0]
+        if self.decoder.attention is None:
+            return None, state
+        return Memory(outputs, self.decoder.attention.key(outputs), sources != PAD), state
+
+    def forward(self, sources, lengths, characters):
+        """The same and the characters so far (B, T) -> logits (B, T, V) of the next ones."""
+        memory, state = self.encode(sources, lengths)
+        return self.decoder(characters, state, memory)[0]
 
 
 def build_model(options, phonemes, characters):
@@ -282,25 +278,10 @@ def build_model(options, phonemes, characters):
 ROWS = 2048  # decoded at once; bounds the memory
 
 
-@torch.inference_mode()
-def encode(model, sources, lengths):
-    """Encode words of any lengths: sources (N, S) -> Memory of N words and state 2 x (1, N, H)."""
-    sources = sources[:, : lengths.max()]
-    size = model.decoder.embedding.embedding_dim
-    outputs = torch.zeros(*sources.shape, size, device=sources.device)
-    state = [torch.zeros(1, len(sources), size, device=sources.device) for _ in range(2)]
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero()[:, 0].to(sources.device)
-        outputs[rows, :length], parts = model.encoder(sources[rows, :length])
-        for whole, part in zip(state, parts):
-            whole[:, rows] = part
-    return model.decoder.remember(outputs, sources != PAD), tuple(state)
-
-
 def next_log_probs(model, last, state, memory, words):
     """One step of rows that spell `words` (R,), numbers into the memory: last characters (R,) ->
     log-probabilities (R, V) of the next and the new state."""
-    seen = memory.select(words) if model.decoder.attention else None
+    seen = memory and memory.select(words)
     logits, state, _ = model.decoder(last.unsqueeze(1), state, seen)
     logits[:, :, :END] = -torch.inf
     return logits[:, 0].log_softmax(1), state
@@ -313,7 +294,7 @@ def generate(model, sources, lengths, choose, copies=1, max_len=50):
     Returns characters (N, copies, max_len), END and then PAD behind each spelling, and the
     spellings' log-probabilities (N, copies). Finished rows are dropped.
     """
-    memory, state = encode(model, sources, lengths)
+    memory, state = model.encode(sources, lengths)
     words = torch.arange(len(sources), device=sources.device).repeat_interleave(copies)
     state = tuple(part[:, words] for part in state)
     characters = torch.full((len(words), max_len), PAD, device=sources.device)
@@ -363,7 +344,7 @@ def beam_search(model, sources, lengths, beam_size, max_len=50):
     log-probabilities (N, beam_size), -inf where there are fewer. A finished spelling keeps its
     place in the beam while it is among the best, but costs no more computation.
     """
-    memory, state = encode(model, sources, lengths)
+    memory, state = model.encode(sources, lengths)
     device, count = sources.device, len(sources)
     characters = torch.full((count, beam_size, max_len), PAD, device=device)
     scores = torch.full((count, beam_size), -torch.inf, device=device)
@@ -404,7 +385,9 @@ def decode_words(model, words, characters, decode, copies=1):
     order = words.lengths.argsort(stable=True)
     spelled = [None] * len(order)
     for rows in order.split(max(1, ROWS // copies)):
-        numbers, scores = decode(words.sources[rows.to(words.sources.device)], words.lengths[rows])
+        lengths = words.lengths[rows]
+        sources = words.sources[rows.to(words.sources.device), : lengths.max()]
+        numbers, scores = decode(sources, lengths)
         for row, options, values in zip(rows.tolist(), numbers.tolist(), scores.tolist()):
             spelled[row] = [(characters.decode(o), v) for o, v in zip(options, values)]
     return spelled
@@ -469,7 +452,7 @@ def make_step(model, optimizer, totals):
 
     def step(sources, lengths, targets):
         inputs, nexts = targets[:, :-1], targets[:, 1:]  # each character predicts the next
-        logits = model(sources, inputs, lengths)  # (B, T, V)
+        logits = model(sources, lengths, inputs)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), nexts.flatten(), ignore_index=PAD)
         optimizer.zero_grad()
         loss.backward()
@@ -719,8 +702,8 @@ def attention_examples(model, pairs, phonemes, characters):
         word = to_tensors([pair], phonemes, characters, device)
         spelling = spell_greedily(model, word, characters)[0]
         inputs = torch.tensor([[START, *characters.encode(spelling)]], device=device)
-        outputs, state = model.encoder(word.sources)
-        weights = model.decoder(inputs, state, model.decoder.remember(outputs))[2][0]
+        memory, state = model.encode(word.sources, word.lengths)
+        weights = model.decoder(inputs, state, memory)[2][0]
         letters = [*spelling, "end"]
         rows = [[round(weight, 4) for weight in row] for row in weights.tolist()]
         examples.append({"phonemes": list(pair[0]), "letters": letters, "weights": rows})

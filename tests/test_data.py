@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import utils
-from data import prepare_landscapes, sample
-from utils import CLASSES, UserError
+from data import prepare_landscapes, prepare_pronunciations, sample
+from utils import CLASSES
 
 COUNTS = {"buildings": 11, "forest": 12, "glacier": 13, "mountain": 14, "sea": 15, "street": 16}
 
@@ -291,7 +291,110 @@ def test_every_class_can_be_drawn_many_times(name):
         assert drawn.std() > 3  # something is there
 
 
-def test_user_errors_are_one_line():
-    with pytest.raises(UserError) as error:
-        utils.load_landscapes("no/such/file.npz")
-    assert "\n" not in str(error.value)
+def test_sample_words():
+    data = sample.choose_pronunciations()
+    assert data.name == "sample"
+    assert data.fingerprint == sample.choose_pronunciations().fingerprint
+    assert {split: len(pairs) for split, pairs in data.splits.items()} == sample.PAIRS
+    spellings = [word for pairs in data.splits.values() for _, word in pairs]
+    assert len(set(spellings)) == len(spellings)  # no word on two sides
+    known = set(sample.IPA.values())
+    assert all(set(sound) <= known for sound, _ in data.splits["train"])
+
+
+@pytest.mark.parametrize(
+    ("phone", "ipa"),
+    [("AH0", "ə"), ("AH1", "ʌ"), ("ER0", "ɚ"), ("ER2", "ɝ"), ("IY1", "i"), ("CH", "t͡ʃ")],
+)
+def test_arpabet_in_ipa(phone, ipa):
+    assert sample.to_ipa(phone) == ipa
+
+
+# ----------------------------------------------------------------------------------------------
+# preparing pronunciations
+
+
+def write_wikipron(path, words=60):
+    """`words` spellings, every third of them with two pronunciations."""
+    lines = []
+    for i in range(words):
+        lines += [f"word{i}\tw ɜ {i}\n"] + [f"word{i}\tw ɚ {i}\n"] * (i % 3 == 0)
+    path.write_bytes("".join(lines).encode())
+
+
+def prepare_words(folder, *argv):
+    sizes = ["--train", 40, "--valid", 7, "--test", 9]
+    argv = [*sizes, "--output_dir", folder, *argv]
+    prepare_pronunciations.main([str(word) for word in argv])
+    return utils.load_pronunciations(folder)
+
+
+def test_pronunciations_are_split_by_spelling(tmp_path, capsys):
+    write_wikipron(tmp_path / "all.tsv")
+    data = prepare_words(tmp_path / "a", "--tsv", tmp_path / "all.tsv")
+    assert [len(data.splits[split]) for split in utils.SPLITS] == [40, 7, 9]
+    words = [{word for _, word in data.splits[split]} for split in utils.SPLITS]
+    assert not (words[0] & words[1] or words[0] & words[2] or words[1] & words[2])
+    pairs = {(sound, word) for pairs in data.splits.values() for sound, word in pairs}
+    assert len(pairs) == 56
+    assert all(sound[0] == "w" and word == f"word{sound[2]}" for sound, word in pairs)
+    again = prepare_words(tmp_path / "b", "--tsv", tmp_path / "all.tsv")
+    assert again.fingerprint == data.fingerprint
+    other = prepare_words(tmp_path / "c", "--tsv", tmp_path / "all.tsv", "--seed", 1)
+    assert other.fingerprint != data.fingerprint
+    assert "Wrote 40 pairs" in capsys.readouterr().out
+
+
+def test_all_that_is_left_can_be_trained_on(tmp_path):
+    write_wikipron(tmp_path / "all.tsv")
+    data = prepare_words(tmp_path, "--tsv", tmp_path / "all.tsv", "--train", "all")
+    assert [len(data.splits[split]) for split in utils.SPLITS] == [80 - 16, 7, 9]
+
+
+def test_downloading_a_language(tmp_path):
+    served = tmp_path / "served"
+    served.mkdir()
+    write_wikipron(served / "xyz_latn_broad.tsv")
+    handler = partial(Server, directory=served)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{running.server_port}/{{language}}.tsv"
+        argv = ["--language", "xyz_latn_broad", "--url", url]
+        data = prepare_words(tmp_path / "a", *argv)
+        running.shutdown()
+    assert len(data.splits["train"]) == 40
+    # the list is kept, so another split needs no network
+    assert prepare_words(tmp_path / "a", *argv).fingerprint == data.fingerprint
+
+
+BAD_LISTS = {
+    "too few words": (["--tsv", "{all}", "--train", 400], "too few pronunciations"),
+    "none left": (["--tsv", "{all}", "--test", 73, "--train", "all"], "too few pronunciations"),
+    "no file": (["--tsv", "none.tsv"], "no such file"),
+    "no source": ([], "required"),
+    "two sources": (["--tsv", "x", "--language", "y"], "not allowed"),
+    "no size": (["--tsv", "{all}", "--valid", 0], "--valid"),
+    "size in words": (["--tsv", "{all}", "--train", "most"], "--train"),
+    "no server": (["--language", "x", "--url", "http://127.0.0.1:9/x"], "127.0.0.1"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), BAD_LISTS.values(), ids=BAD_LISTS)
+def test_bad_lists_of_words(argv, message, tmp_path, fails):
+    write_wikipron(tmp_path / "all.tsv")
+    sizes = ["--train", 40, "--valid", 7, "--test", 9, "--output_dir", tmp_path / "out"]
+    argv = [str(word).format(all=tmp_path / "all.tsv") for word in (*sizes, *argv)]
+    assert message in fails(prepare_pronunciations.main, argv)
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    "language", ["eng_latn_us_broad", "eng_latn_uk_broad", "por_latn_po_broad"]
+)
+def test_real_wikipron(real_data, tmp_path, language):
+    tsv = real_data / "wikipron" / f"{language}.tsv"
+    prepare_pronunciations.main(["--tsv", str(tsv), "--output_dir", str(tmp_path)])
+    data = utils.load_pronunciations(tmp_path)
+    assert [len(data.splits[split]) for split in utils.SPLITS] == [10000, 1000, 1000]
+    words = [{word for _, word in data.splits[split]} for split in utils.SPLITS]
+    assert not (words[0] & words[1] or words[0] & words[2] or words[1] & words[2])

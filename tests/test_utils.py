@@ -385,3 +385,78 @@ def test_rehearsals_leave_no_trace(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_captured_steps_equal_plain_ones_on_cuda():
     assert_same(train_small(True, "cuda"), train_small(False, "cuda"))
+
+
+# ----------------------------------------------------------------------------------------------
+# loading pronunciations
+
+
+def write_words(folder, **files):
+    for name in ("train", "valid", "test"):
+        content = files.get(name, "k æ t\tcat\n")
+        content = content if isinstance(content, bytes) else content.encode()
+        (folder / f"{name}.tsv").write_bytes(content)
+    return folder
+
+
+CAT, CAFE = (("k", "æ", "t"), "cat"), (("k", "a", "f", "e"), "caf\u00e9")
+
+GOOD_WORDS = {
+    "plain": ("k æ t\tcat\nk a f e\tcafé\n", [CAT, CAFE]),
+    "no newline at the end": ("k æ t\tcat", [CAT]),
+    "Windows's line ends": ("k æ t\tcat\r\nk a f e\tcafé\r\n", [CAT, CAFE]),
+    "byte order mark": (b"\xef\xbb\xbf" + "k æ t\tcat\n".encode(), [CAT]),
+    "decomposed accents": ("k a f e\tcafe\u0301\n", [CAFE]),
+    "spaces at the ends and doubled": (" k  æ t \t cat \n", [CAT]),
+    "the same word twice": ("k æ t\tcat\nk æ t\tcat\n", [CAT, CAT]),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), GOOD_WORDS.values(), ids=GOOD_WORDS)
+def test_pronunciations_are_read(tmp_path, text, expected):
+    data = utils.load_pronunciations(write_words(tmp_path, valid=text))
+    assert data.splits["val"] == expected
+    assert data.splits["train"] == data.splits["test"] == [CAT]
+    assert data.name == "pronunciations"
+
+
+BAD_WORDS = {
+    "empty": ("", "is empty"),
+    "a line without tab": ("k æ t\tcat\nk æ t cat\n", "line 2: 1 fields"),
+    "three fields": ("k æ t\tcat\t1\n", "line 1: 3 fields"),
+    "a blank line": ("k æ t\tcat\n\nk æ t\tcat\n", "line 2: 1 fields"),
+    "no spelling": ("k æ t\t\n", "line 1: an empty field"),
+    "no phonemes": (" \tcat\n", "line 1: an empty field"),
+    "a control character": ("k æ t\tc\x07at\n", "line 1: a control character"),
+    "a lone carriage return": ("k æ t\tcat\rk æ t\tcat\n", "line 1: 3 fields"),
+    "hidden text": ("k æ t\tcat\nk æ t\tc\u202eat\n", "line 2: a control character"),
+    "Latin-1": (
+        b"k a f e\tcaf\n" + "k a f e\tcafé\n".encode("latin-1"),
+        "line 2: not UTF-8",
+    ),
+    "a surrogate": (b"k a\t\xed\xa0\x80\n", "line 1: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_WORDS.values(), ids=BAD_WORDS)
+def test_bad_pronunciations_are_named_with_their_line(tmp_path, content, message):
+    write_words(tmp_path, test=content)
+    with pytest.raises(UserError, match=message) as error:
+        utils.load_pronunciations(tmp_path)
+    assert "test.tsv" in str(error.value)
+
+
+def test_a_missing_list_of_words(tmp_path):
+    (write_words(tmp_path) / "valid.tsv").unlink()
+    with pytest.raises(UserError, match=r"valid\.tsv: no such file"):
+        utils.load_pronunciations(tmp_path)
+    (tmp_path / "valid.tsv").mkdir()
+    with pytest.raises(UserError, match=r"valid\.tsv: cannot be read"):
+        utils.load_pronunciations(tmp_path)
+
+
+def test_fingerprint_of_words(tmp_path):
+    first = utils.load_pronunciations(write_words(tmp_path)).fingerprint
+    assert utils.load_pronunciations(write_words(tmp_path)).fingerprint == first
+    other = utils.load_pronunciations(write_words(tmp_path, test="k æ t\tcats\n"))
+    assert other.fingerprint != first
