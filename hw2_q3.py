@@ -65,7 +65,7 @@ def parse_options(argv=None):
     add("--k", type=utils.number(int, 1, 100), default=3, help="samples a word")
     beam = "also search with a beam of this size"
     add("--beam_size", type=utils.number(int, 1, 100), metavar="N", help=beam)
-    add("--max_len", type=utils.number(int, 1, 1000), default=50, help="longest spelling")
+    add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN, help="longest spelling")
     file = "for spell: a file with IPA on each line, or - for standard input"
     add("--input", metavar="FILE", help=file)
     utils.add_machine_options(parser, "--")
@@ -275,7 +275,8 @@ def build_model(options, phonemes, characters):
 # ----------------------------------------------------------------------------------------------
 # decoding
 
-ROWS = 2048  # decoded at once; bounds the memory
+ROWS = 2048  # spelled at once; bounds the memory
+MAX_LEN = 50  # characters
 
 
 def next_log_probs(model, last, state, memory, words):
@@ -288,7 +289,7 @@ def next_log_probs(model, last, state, memory, words):
 
 
 @torch.inference_mode()
-def generate(model, sources, lengths, choose, copies=1, max_len=50):
+def generate(model, sources, lengths, choose, copies=1, max_len=MAX_LEN):
     """Spell every word `copies` times, choosing each character by choose(log_probs (R, V)) -> (R,).
 
     Returns characters (N, copies, max_len), END and then PAD behind each spelling, and the
@@ -337,7 +338,7 @@ def sampler(p, seed, device):
 
 
 @torch.inference_mode()
-def beam_search(model, sources, lengths, beam_size, max_len=50):
+def beam_search(model, sources, lengths, beam_size, max_len=MAX_LEN):
     """The `beam_size` most probable spellings that a beam of this size finds, best first.
 
     Returns characters (N, beam_size, max_len), END and then PAD behind each spelling, and their
@@ -375,50 +376,51 @@ def beam_search(model, sources, lengths, beam_size, max_len=50):
     return characters, scores
 
 
-def decode_words(model, words, characters, decode, copies=1):
-    """Spell all `words` by decode(sources, lengths) -> (characters (N, copies, T), scores).
+class Speller(NamedTuple):
+    """A model and the vocabularies of its two sides. Each way of spelling `Words` gives for each
+    word a list of candidates (spelling, log-probability)."""
 
-    Returns for each word a list of (spelling, log-probability). Words of like length go together,
-    at most ROWS spellings at once.
-    """
-    model.eval()
-    order = words.lengths.argsort(stable=True)
-    spelled = [None] * len(order)
-    for rows in order.split(max(1, ROWS // copies)):
-        lengths = words.lengths[rows]
-        sources = words.sources[rows.to(words.sources.device), : lengths.max()]
-        numbers, scores = decode(sources, lengths)
-        for row, options, values in zip(rows.tolist(), numbers.tolist(), scores.tolist()):
-            spelled[row] = [(characters.decode(o), v) for o, v in zip(options, values)]
-    return spelled
+    model: Seq2Seq
+    phonemes: Vocabulary
+    characters: Vocabulary
+
+    def tensors(self, pairs):
+        """Pairs (phonemes, spelling) as `Words`, on the model's device."""
+        device = self.model.decoder.embedding.weight.device
+        return to_tensors(pairs, self.phonemes, self.characters, device)
+
+    def greedy(self, words, max_len=MAX_LEN):
+        """One candidate: the most probable character, again and again."""
+        return self._spell(words, 1, lambda *w: generate(self.model, *w, argmax, 1, max_len))
+
+    def sample(self, words, p, k, seed, max_len=MAX_LEN):
+        """k samples from the nucleus, in the order they were drawn."""
+        choose = sampler(p, seed, words.sources.device)
+        return self._spell(words, k, lambda *w: generate(self.model, *w, choose, k, max_len))
+
+    def beam(self, words, beam_size, max_len=MAX_LEN):
+        """The n best that a beam of this size finds, best first."""
+        return self._spell(
+            words, beam_size, lambda *w: beam_search(self.model, *w, beam_size, max_len)
+        )
+
+    def _spell(self, words, copies, decode):
+        """Words of like length go together, at most ROWS spellings at once."""
+        self.model.eval()
+        order = words.lengths.argsort(stable=True)
+        spelled = [None] * len(order)
+        for rows in order.split(max(1, ROWS // copies)):
+            lengths = words.lengths[rows]
+            sources = words.sources[rows.to(words.sources.device), : lengths.max()]
+            for row, *found in zip(rows.tolist(), *(t.tolist() for t in decode(sources, lengths))):
+                candidates = ((self.characters.decode(n), score) for n, score in zip(*found))
+                spelled[row] = [c for c in candidates if c[1] > -math.inf]
+        return spelled
 
 
-def spell_greedily(model, words, characters, max_len=50):
-    """The greedy spelling of each word."""
-    found = decode_words(
-        model, words, characters, lambda s, n: generate(model, s, n, argmax, max_len=max_len)
-    )
-    return [options[0][0] for options in found]
-
-
-def spell_by_sampling(model, words, characters, p, k, seed, max_len=50):
-    """k samples (spelling, log-probability) of each word, in the order they were drawn."""
-    choose = sampler(p, seed, words.sources.device)
-    return decode_words(
-        model, words, characters, lambda s, n: generate(model, s, n, choose, k, max_len), k
-    )
-
-
-def spell_by_beam(model, words, characters, beam_size, max_len=50):
-    """The n best (spelling, log-probability) of each word, best first."""
-    found = decode_words(
-        model,
-        words,
-        characters,
-        lambda s, n: beam_search(model, s, n, beam_size, max_len),
-        beam_size,
-    )
-    return [[option for option in options if option[1] > -torch.inf] for options in found]
+def only_spellings(candidates):
+    """Candidates without their log-probabilities."""
+    return [[spelling for spelling, _ in found] for found in candidates]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -438,8 +440,15 @@ def wer(predicted, true):
 
 def wer_at_k(candidates, true, k):
     """The share of words that none of their first k candidates spells exactly."""
-    wrong = sum(word not in options[:k] for options, word in zip(candidates, true, strict=True))
+    wrong = sum(word not in found[:k] for found, word in zip(candidates, true, strict=True))
     return wrong / len(true)
+
+
+def score_candidates(candidates, true, k=1):
+    """CER and WER of the first candidates, and WER@k."""
+    first = [found[0] for found in candidates]
+    at_k = wer_at_k(candidates, true, k)
+    return {"cer": cer(first, true), "wer": wer(first, true), f"wer@{k}": at_k}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -479,18 +488,19 @@ def train_epoch(step, totals, words, batch_size):
     return loss / count
 
 
-def fit(run, model, optimizer, words, vocabularies, options):
+def fit(run, speller, optimizer, words, options):
     """Train epoch by epoch, going on after the last finished one; a checkpoint after each, with
     the weights of the lowest validation CER beside the last ones.
 
-    Returns history {column: [a value an epoch]}, seconds [a value an epoch] and those weights.
-    Raises UserError when the loss is no longer a number; the checkpoint before stays.
+    Returns history {column: [a value an epoch]} and seconds [a value an epoch]. Raises UserError
+    when the loss is no longer a number; the checkpoint of the epoch before stays.
     """
+    model = speller.model
     saved = utils.continue_run(run, model, optimizer, options.restart)
     history, seconds, best = saved["history"], saved["seconds"], saved.get("best")
     if seconds:
         print(f"Going on after epoch {len(seconds)}")
-    symbols = {side: vocabulary.symbols for side, vocabulary in vocabularies.items()}
+    symbols = {"phonemes": speller.phonemes.symbols, "characters": speller.characters.symbols}
     totals = torch.zeros(2, device=words["train"].sources.device)
     step = make_step(model, optimizer, totals)
     for epoch in range(len(seconds) + 1, options.n_epochs + 1):
@@ -499,9 +509,9 @@ def fit(run, model, optimizer, words, vocabularies, options):
         model.train()
         loss = train_epoch(step, totals, words["train"], options.batch_size)
         utils.check_loss(loss, epoch)
-        spelled = spell_greedily(model, words["val"], vocabularies["characters"])
-        true = words["val"].spellings
-        row = {"train_loss": loss, "val_cer": cer(spelled, true), "val_wer": wer(spelled, true)}
+        spelled = only_spellings(speller.greedy(words["val"]))
+        valid = score_candidates(spelled, words["val"].spellings)
+        row = {"train_loss": loss, "val_cer": valid["cer"], "val_wer": valid["wer"]}
         if best is None or row["val_cer"] < min(history["val_cer"]):
             best = {name: weights.clone() for name, weights in model.state_dict().items()}
         for column, value in row.items():
@@ -511,26 +521,22 @@ def fit(run, model, optimizer, words, vocabularies, options):
         scores += f"  Validation WER: {row['val_wer']:.4f}  ({seconds[-1]:.1f} s)"
         print(f"Epoch {epoch:2}/{options.n_epochs}  {scores}", flush=True)
         utils.save_run(run, model, optimizer, history, seconds, best=best, symbols=symbols)
-    return history, seconds, best
+    return history, seconds
 
 
 def train(run, data, device, options):
     """Train one model and write its record, as yet without test scores."""
     phonemes = Vocabulary.of(sound for sound, _ in data.splits["train"])
     characters = Vocabulary.of(word for _, word in data.splits["train"])
-    vocabularies = {"phonemes": phonemes, "characters": characters}
-    words = {
-        split: to_tensors(data.splits[split], phonemes, characters, device)
-        for split in ("train", "val")
-    }
     utils.seed_everything(options.seed)
     model = build_model(run.config["options"], phonemes, characters).to(device)
-    capturable = {"capturable": True} if device.type == "cuda" else {}
+    speller = Speller(model, phonemes, characters)
+    words = {split: speller.tensors(data.splits[split]) for split in ("train", "val")}
     fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused, **capturable)
+    optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"Run {run.name}\nTrainable parameters: {parameters:,}", flush=True)
-    history, seconds, _ = fit(run, model, optimizer, words, vocabularies, options)
+    history, seconds = fit(run, speller, optimizer, words, options)
     record = {
         "command": command(run.config["options"]),
         "config": run.config,
@@ -559,18 +565,19 @@ def load_data(options):
 
 def audit(data):
     """Lines that say how many words there are, which stand on two sides, which symbols are new."""
-    words = {split: {word for _, word in pairs} for split, pairs in data.splits.items()}
-    sizes = [f"{len(data.splits[split]):,}" for split in utils.SPLITS]
-    both = [sum(w in words["train"] for _, w in data.splits[split]) for split in ("val", "test")]
-    yield f"Words: {sizes[0]} training, {sizes[1]} validation, {sizes[2]} test; spellings that are"
-    yield f"  also training spellings: {both[0]} validation, {both[1]} test"
+    names = {"train": "training", "val": "validation", "test": "test"}
+    sizes = [f"{len(data.splits[split]):,} {name}" for split, name in names.items()]
+    known = {word for _, word in data.splits["train"]}
+    both = {split: sum(word in known for _, word in data.splits[split]) for split in names}
+    yield f"Words: {', '.join(sizes)}"
+    yield f"Spellings seen in training: {both['val']} of validation, {both['test']} of test"
+    held_out = data.splits["val"] + data.splits["test"]
     new = []
     for side, kind in enumerate(("phonemes", "characters")):
         known = {symbol for pair in data.splits["train"] for symbol in pair[side]}
-        held_out = [pair for split in ("val", "test") for pair in data.splits[split]]
         found = sorted({symbol for pair in held_out for symbol in pair[side]} - known)
         new.append(f"{len(found)} {kind}" + (f" ({' '.join(found)})" if found else ""))
-    yield f"Unseen in training, so unknown in validation and test: {new[0]}, {new[1]}"
+    yield f"Symbols not seen in training, read as unknown: {', '.join(new)}"
 
 
 def make_run(options, data):
@@ -599,9 +606,9 @@ MOST = 10  # candidates of the WER@k curves
 SHOWN = 4  # words of the attention figure
 
 
-def load_model(path, device):
-    """The model with the best validation CER of a checkpoint, the checkpoint's contents, and the
-    vocabularies of phonemes and characters. Raises UserError if it is not of question 3."""
+def load_speller(path, device):
+    """The Speller of a checkpoint's lowest validation CER, and the checkpoint's contents. Raises
+    UserError if it is not of question 3."""
     saved = utils.load_checkpoint(path, device)
     try:
         phonemes, characters = (Vocabulary(saved["symbols"][s]) for s in ("phonemes", "characters"))
@@ -609,7 +616,7 @@ def load_model(path, device):
         model.load_state_dict(saved["best"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
-    return model.eval(), saved, phonemes, characters
+    return Speller(model.eval(), phonemes, characters), saved
 
 
 def test(run, data, device, options):
@@ -617,12 +624,9 @@ def test(run, data, device, options):
     record and draw the figures."""
     if not run.checkpoint.exists():
         raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
-    model, saved, phonemes, characters = load_model(run.checkpoint, device)
-    words = to_tensors(data.splits["test"], phonemes, characters, device)
-    final = score(model, words, characters, options)
-    final["attention"] = attention_examples(
-        model, data.splits["test"][:SHOWN], phonemes, characters
-    )
+    speller, saved = load_speller(run.checkpoint, device)
+    final = score(speller, data.splits["test"], options)
+    final["attention"] = attention_examples(speller, data.splits["test"][:SHOWN])
     print_scores(final, options, " (built-in sample)" if data.name == "sample" else "")
     if saved["config"] != run.config:
         print("The checkpoint is of another run or other data: no record and no figures written")
@@ -637,35 +641,27 @@ def test(run, data, device, options):
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
 
 
-def score(model, words, characters, options):
+def score(speller, pairs, options):
     """All test scores: greedy; nucleus sampling; beam search; WER@1 to WER@10 of the last two."""
-    true, max_len = words.spellings, options.max_len
-    greedy = spell_greedily(model, words, characters, max_len)
-    samples = spell_by_sampling(
-        model, words, characters, options.topp, max(options.k, MOST), options.seed, max_len
-    )
-    samples = [[spelling for spelling, _ in found] for found in samples]
-    final = {
-        "greedy": {"cer": cer(greedy, true), "wer": wer(greedy, true)},
-        "nucleus": {"p": options.topp, "k": options.k} | score_candidates(samples, true, options.k),
-        "curves": {"nucleus": [wer_at_k(samples, true, k) for k in range(1, MOST + 1)]},
+    words = speller.tensors(pairs)
+    true, max_len, size = words.spellings, options.max_len, options.beam_size or 5
+    greedy = only_spellings(speller.greedy(words, max_len))
+    most = max(options.k, MOST)
+    samples = only_spellings(speller.sample(words, options.topp, most, options.seed, max_len))
+    beams = {n: only_spellings(speller.beam(words, n, max_len)) for n in {size, MOST}}
+    nucleus = score_candidates(samples, true, options.k)
+    beam = score_candidates(beams[size], true, min(size, options.k))
+    curves = {"nucleus": samples, "beam": beams[MOST]}
+    return {
+        "greedy": score_candidates(greedy, true),
+        "nucleus": {"p": options.topp, "k": options.k} | nucleus,
+        "beam": {"size": size} | beam,
+        "curves": {
+            name: [wer_at_k(candidates, true, k) for k in range(1, MOST + 1)]
+            for name, candidates in curves.items()
+        },
         "examples": [[w, list(dict.fromkeys(s[: options.k]))] for w, s in zip(true[:10], samples)],
     }
-    for size in {options.beam_size or 5, MOST}:
-        found = spell_by_beam(model, words, characters, size, max_len)
-        found = [[spelling for spelling, _ in options] for options in found]
-        if size == MOST:
-            final["curves"]["beam"] = [wer_at_k(found, true, k) for k in range(1, MOST + 1)]
-        if size == (options.beam_size or 5):
-            final["beam"] = {"size": size} | score_candidates(found, true, min(size, options.k))
-    return final
-
-
-def score_candidates(candidates, true, k):
-    """CER and WER of the first candidates, and WER@1 to WER@k."""
-    first = [options[0] for options in candidates]
-    at_k = [wer_at_k(candidates, true, n) for n in range(1, k + 1)]
-    return {"cer": cer(first, true), "wer": wer(first, true), "wer_at_k": at_k}
 
 
 def print_scores(final, options, mark=""):
@@ -676,37 +672,34 @@ def print_scores(final, options, mark=""):
 
     line(final["greedy"])
     if options.nucleus:
-        nucleus = final["nucleus"]
-        print(f"Nucleus sampling, p = {nucleus['p']:g}, the first of {nucleus['k']} samples:")
+        nucleus, k = final["nucleus"], options.k
+        print(f"Nucleus sampling, p = {nucleus['p']:g}, the first of {k} samples:")
         line(nucleus)
         print("Printing first 10 examples with multiple predictions:")
         for word, spellings in final["examples"]:
             print(f"({word!r}, {{{', '.join(map(repr, spellings))}}})")
-        print(f"Test WER@{nucleus['k']}: {nucleus['wer_at_k'][-1]:.4f}{mark}")
+        print(f"Test WER@{k}: {nucleus[f'wer@{k}']:.4f}{mark}")
     if options.beam_size:
-        beam = final["beam"]
+        beam, k = final["beam"], min(options.k, options.beam_size)
         print(f"Beam search, size {beam['size']}, the best:")
         line(beam)
-        print(f"Test WER@{len(beam['wer_at_k'])}: {beam['wer_at_k'][-1]:.4f}{mark}")
+        print(f"Test WER@{k}: {beam[f'wer@{k}']:.4f}{mark}")
 
 
 @torch.inference_mode()
-def attention_examples(model, pairs, phonemes, characters):
+def attention_examples(speller, pairs):
     """For each pair the greedy spelling and where the model looked: a list of {phonemes, letters,
     weights (letters x phonemes)}; empty without attention."""
-    if model.decoder.attention is None:
-        return []
-    examples = []
-    for pair in pairs:
-        device = model.decoder.embedding.weight.device
-        word = to_tensors([pair], phonemes, characters, device)
-        spelling = spell_greedily(model, word, characters)[0]
-        inputs = torch.tensor([[START, *characters.encode(spelling)]], device=device)
+    model, examples = speller.model, []
+    for sound, spelling in pairs if model.decoder.attention else []:
+        word = speller.tensors([(sound, spelling)])
+        [[(spelling, _)]] = speller.greedy(word)
+        inputs = speller.tensors([(sound, spelling)]).targets[:, :-1]
         memory, state = model.encode(word.sources, word.lengths)
-        weights = model.decoder(inputs, state, memory)[2][0]
-        letters = [*spelling, "end"]
+        weights = model.decoder(inputs, state, memory)[2][0]  # (letters, phonemes)
         rows = [[round(weight, 4) for weight in row] for row in weights.tolist()]
-        examples.append({"phonemes": list(pair[0]), "letters": letters, "weights": rows})
+        letters = [*spelling, "end"]
+        examples.append({"phonemes": list(sound), "letters": letters, "weights": rows})
     return examples
 
 
@@ -781,24 +774,28 @@ def segment(text, phonemes):
 
 
 def spell(options, device):
-    """Spell the IPA of the arguments, of --input, or typed at a prompt."""
+    """Spell the IPA of the arguments, of --input, of standard input, or typed at a prompt."""
     path = checkpoint_file(options) or utils.best_checkpoint(
         options.output_dir / "checkpoints", "q3", lambda saved: -min(saved["history"]["val_cer"])
     )
-    model, saved, phonemes, characters = load_model(path, device)
-    sample = (
-        ", trained on the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else ""
-    )
-    best = min(saved["history"]["val_cer"])
+    speller, saved = load_speller(path, device)
     asked = not (options.ipa or options.input) and sys.stdin.isatty()
     lines = [] if asked else options.ipa or read_lines(options.input)
-    print(f"Model: {path} (validation CER {best:.4f}{sample})", file=sys.stderr)
-    spell_lines(lines, model, phonemes, characters, options, device)
-    if not asked:
-        return
-    print("Type IPA, phonemes separated by spaces; an empty line ends.", file=sys.stderr)
-    for line in iter(lambda: input("IPA> "), ""):
-        spell_lines([line], model, phonemes, characters, options, device)
+    known = "the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else "your words"
+    cer = min(saved["history"]["val_cer"])
+    print(f"Model: {path} (trained on {known}, validation CER {cer:.4f})", file=sys.stderr)
+    spell_lines(lines, speller, options)
+    while asked:
+        asked = ask()
+        spell_lines([asked], speller, options)
+
+
+def ask():
+    """A line typed at the prompt; empty at its end."""
+    try:
+        return input("IPA, phonemes separated by spaces (nothing to end)> ")
+    except EOFError:
+        return ""
 
 
 def read_lines(name):
@@ -811,22 +808,21 @@ def read_lines(name):
         raise UserError(f"{name}: cannot be read ({utils.one_line(error)})")
 
 
-def spell_lines(lines, model, phonemes, characters, options, device):
+def spell_lines(lines, speller, options):
     """Print IPA, TAB, spelling, TAB, log-probability: a line for each candidate."""
-    pairs = [(tuple(segment(line, phonemes)), "") for line in lines if line.strip()]
+    pairs = [(tuple(segment(line, speller.phonemes)), "") for line in lines if line.strip()]
     if not pairs:
         return
-    unknown = sorted({s for sound, _ in pairs for s in sound} - set(phonemes.symbols))
+    unknown = sorted({s for sound, _ in pairs for s in sound} - set(speller.phonemes.symbols))
     if unknown:
         print(f"Unknown phonemes: {' '.join(unknown)}", file=sys.stderr)
-    words = to_tensors(pairs, phonemes, characters, device)
-    given = model, words, characters
+    words, max_len = speller.tensors(pairs), options.max_len
     if options.beam_size:
-        found = spell_by_beam(*given, options.beam_size, options.max_len)
+        found = speller.beam(words, options.beam_size, max_len)
     elif options.nucleus:
-        found = spell_by_sampling(*given, options.topp, options.k, options.seed, options.max_len)
+        found = speller.sample(words, options.topp, options.k, options.seed, max_len)
     else:
-        found = spell_by_beam(*given, 1, options.max_len)  # the same as greedily
+        found = speller.greedy(words, max_len)
     for (sound, _), candidates in zip(pairs, found):
         for spelling, log_prob in dict.fromkeys(candidates):
             print(f"{' '.join(sound)}\t{spelling}\t{log_prob:.3f}", flush=True)

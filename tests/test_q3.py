@@ -38,6 +38,10 @@ def build(vocabularies, seed=0, **options):
     return hw2_q3.build_model(options, *vocabularies).eval()
 
 
+def build_speller(vocabularies, seed=0, **options):
+    return hw2_q3.Speller(build(vocabularies, seed, **options), *vocabularies)
+
+
 def write_tsv(folder, pairs):
     folder.mkdir(exist_ok=True)
     for name, rows in pairs.items():
@@ -273,16 +277,14 @@ def test_parameter_count_of_the_recipe():
 @pytest.mark.parametrize("rows", [2048, 7])
 def test_batched_greedy_equals_one_word_at_a_time(vocabularies, monkeypatch, use_attn, rows):
     monkeypatch.setattr(hw2_q3, "ROWS", rows)
-    phonemes, characters = vocabularies
     for seed in range(3):
-        model = build(vocabularies, seed, use_attn=use_attn)
-        together = hw2_q3.spell_greedily(
-            model, hw2_q3.to_tensors(PAIRS, phonemes, characters), characters, 12
-        )
-        for (sound, word), spelled in zip(PAIRS, together):
-            alone = hw2_q3.to_tensors([(sound, word)], phonemes, characters)
-            assert hw2_q3.spell_greedily(model, alone, characters, 12) == [spelled]
-            assert spelled == plain_greedy(model, alone.sources, characters, 12)
+        speller = build_speller(vocabularies, seed, use_attn=use_attn)
+        together = speller.greedy(speller.tensors(PAIRS), 12)
+        for pair, [(spelled, score)] in zip(PAIRS, together):
+            word = speller.tensors([pair])
+            [[alone]] = speller.greedy(word, 12)
+            assert alone == (spelled, pytest.approx(score, abs=1e-5))
+            assert spelled == plain_greedy(speller.model, word.sources, vocabularies[1], 12)
 
 
 def plain_greedy(model, sources, characters, max_len):
@@ -298,11 +300,12 @@ def plain_greedy(model, sources, characters, max_len):
 
 def test_a_beam_of_one_is_greedy(vocabularies):
     for seed in range(5):
-        model = build(vocabularies, seed)
-        tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
-        greedy = hw2_q3.spell_greedily(model, tensors, vocabularies[1], 10)
-        beam = hw2_q3.spell_by_beam(model, tensors, vocabularies[1], 1, 10)
-        assert [found[0][0] for found in beam] == greedy
+        speller = build_speller(vocabularies, seed)
+        words = speller.tensors(PAIRS)
+        greedy, beam = speller.greedy(words, 10), speller.beam(words, 1, 10)
+        assert hw2_q3.only_spellings(greedy) == hw2_q3.only_spellings(beam)
+        scores = [[score for [(_, score)] in found] for found in (greedy, beam)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
 def every_spelling(model, sources, size, max_len):
@@ -353,20 +356,18 @@ def test_a_narrow_beam_is_sorted_and_its_scores_are_true():
 
 
 def test_fewer_spellings_than_the_beam_is_wide(vocabularies):
-    tensors = hw2_q3.to_tensors(PAIRS[:2], *vocabularies)
-    found = hw2_q3.spell_by_beam(build(vocabularies), tensors, vocabularies[1], 40, max_len=1)
+    speller = build_speller(vocabularies)
+    found = speller.beam(speller.tensors(PAIRS[:2]), 40, max_len=1)
     assert [len(options) for options in found] == [7, 7]  # six letters and the empty word
 
 
 def test_sampled_log_probabilities_are_the_models():
     vocabularies = hw2_q3.Vocabulary.of(["AB"]), hw2_q3.Vocabulary.of(["ab"])
-    model = build(vocabularies, 2)
-    words = hw2_q3.to_tensors([(("A", "B"), "")], *vocabularies)
-    expected = every_spelling(model, words.sources, 6, 5)
+    speller = build_speller(vocabularies, 2)
+    words = speller.tensors([(("A", "B"), "")])
+    expected = every_spelling(speller.model, words.sources, 6, 5)
     spelled = {vocabularies[1].decode(numbers): score for numbers, score in expected.items()}
-    for spelling, score in hw2_q3.spell_by_sampling(model, words, vocabularies[1], 1.0, 20, 0, 5)[
-        0
-    ]:
+    for spelling, score in speller.sample(words, p=1.0, k=20, seed=0, max_len=5)[0]:
         assert score == pytest.approx(spelled[spelling], abs=1e-5)
 
 
@@ -404,11 +405,9 @@ def test_the_sampler_has_the_nucleuss_frequencies():
 
 
 def test_samples_repeat_by_seed(vocabularies):
-    model, tensors = build(vocabularies), hw2_q3.to_tensors(PAIRS, *vocabularies)
-    a, b, c = (
-        hw2_q3.spell_by_sampling(model, tensors, vocabularies[1], 0.9, 3, seed, 12)
-        for seed in (1, 1, 2)
-    )
+    speller = build_speller(vocabularies)
+    words = speller.tensors(PAIRS)
+    a, b, c = (speller.sample(words, 0.9, 3, seed, 12) for seed in (1, 1, 2))
     assert a == b
     assert a != c
     assert all(len(options) == 3 for options in a)
@@ -504,7 +503,7 @@ def test_overfits_twenty_words(train, tmp_path):
     argv = "--use_attn --dropout 0 --n_epochs 60 --hidden_size 48 --lr 0.01 --batch_size 8"
     record, _ = train(*argv.split())
     assert min(record["history"]["val_cer"]) == 0
-    assert record["final"]["greedy"] == {"cer": 0, "wer": 0}
+    assert record["final"]["greedy"] == {"cer": 0, "wer": 0, "wer@1": 0}
 
 
 @pytest.mark.parametrize("argv", [["--use_attn"], []], ids=["attention", "plain"])
@@ -522,8 +521,8 @@ def test_output_record_and_figures_of_a_run(train, tmp_path, capsys, argv, words
         assert line == f"({word!r}, {{{', '.join(map(repr, spellings))}}})"
         assert len(set(spellings)) == len(spellings) <= 3
     assert [word for word, _ in final["examples"]] == [w for _, w in words.splits["test"]]
-    assert lines[at + 11] == f"Test WER@3: {final['nucleus']['wer_at_k'][2]:.4f}"
-    assert f"Test WER@3: {final['beam']['wer_at_k'][2]:.4f}" in lines[at + 12 :]
+    assert lines[at + 11] == f"Test WER@3: {final['nucleus']['wer@3']:.4f}"
+    assert f"Test WER@3: {final['beam']['wer@3']:.4f}" in lines[at + 12 :]
     for curve in final["curves"].values():
         assert len(curve) == 10
         assert curve == sorted(curve, reverse=True)
@@ -672,14 +671,14 @@ def test_audit_counts_words_on_two_sides_and_new_symbols():
     data = utils.Pronunciations({"train": train, "val": held_out, "test": held_out[1:]})
     text = " ".join(hw2_q3.audit(data))
     assert "1 training, 2 validation, 1 test" in text
-    assert "1 validation, 0 test" in text
+    assert "1 of validation, 0 of test" in text
     assert "1 phonemes (B), 1 characters (b)" in text
 
 
 def test_the_assignments_split(real_data):
     data = utils.load_pronunciations(real_data / "pronunciations")
     assert [len(data.splits[split]) for split in utils.SPLITS] == [10000, 1000, 1000]
-    assert "42 validation, 45 test" in " ".join(hw2_q3.audit(data))
+    assert "42 of validation, 45 of test" in " ".join(hw2_q3.audit(data))
     assert data.splits["test"][0] == (("ɹ", "ə", "m", "e", "ɪ", "n", "d", "ɚ"), "remainder")
 
 
@@ -713,10 +712,18 @@ def test_spelling_arguments_files_and_standard_input(spell, tmp_path, monkeypatc
     assert spell("CAB", "DAD")[0] == rows  # without spaces
 
 
-def test_spelling_at_a_prompt(spell, monkeypatch):
-    answers = iter(["C A B", "D A D", ""])
+@pytest.mark.parametrize("end", ["", EOFError], ids=["empty line", "end of input"])
+def test_spelling_at_a_prompt(spell, monkeypatch, end):
+    answers = iter(["C A B", "D A D", end])
+
+    def answer(prompt):
+        text = next(answers)
+        if text is EOFError:
+            raise EOFError
+        return text
+
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda prompt: next(answers))
+    monkeypatch.setattr("builtins.input", answer)
     assert [row[0] for row in spell()[0]] == ["C A B", "D A D"]
 
 
