@@ -360,8 +360,8 @@ def evaluate(model, images, labels):
 def fit(run, model, optimizer, splits, options):
     """Train epoch by epoch, going on after the last finished one; a checkpoint after each.
 
-    Returns history {column: [a value an epoch]} and seconds [a value an epoch]. Raises UserError
-    when the loss is no longer a number; the checkpoint of the epoch before stays.
+    Returns history {column: [a value an epoch]} and seconds [a value an epoch], of fewer epochs if
+    the loss was no finite number in the next; the checkpoint of the epoch before stays.
     """
     saved = utils.continue_run(run, model, optimizer, options.restart)
     history, seconds = saved["history"], saved["seconds"]
@@ -376,7 +376,8 @@ def fit(run, model, optimizer, splits, options):
         utils.seed_everything(options.seed, epoch)
         model.train()
         loss, accuracy = train_epoch(step, totals, *splits["train"], options.batch_size)
-        utils.check_loss(loss, epoch)
+        if not math.isfinite(loss):
+            break
         valid = evaluate(model, *splits["val"])
         row = {"train_loss": loss, "train_accuracy": accuracy}
         row |= {"val_loss": valid["loss"], "val_accuracy": valid["accuracy"]}
@@ -405,18 +406,19 @@ def train(options):
         splits[split] = images.to(device, memory_format=torch.channels_last), labels.to(device)
     history, seconds = fit(run, model, optimizer, splits, options)
 
-    final = {split: evaluate(model, *splits[split]) for split in utils.SPLITS}
-    mark = " (built-in sample)" if data.name == "sample" else ""
-    print(f"Valid acc: {final['val']['accuracy']:.4f}{mark}")
-    print(f"Final Test acc: {final['test']['accuracy']:.4f}{mark}")
     record = {
         "command": command(run.config["options"]),
         "config": run.config,
         "parameters": count_parameters(model),
         "history": history,
-        "final": final,
         "measured": utils.measured(device, seconds),
     }
+    if len(seconds) < options.epochs:
+        utils.stop_diverged(run, record, len(seconds) + 1)
+    final = record["final"] = {s: evaluate(model, *splits[s]) for s in utils.SPLITS}
+    mark = " (built-in sample)" if data.name == "sample" else ""
+    print(f"Valid acc: {final['val']['accuracy']:.4f}{mark}")
+    print(f"Final Test acc: {final['test']['accuracy']:.4f}{mark}")
     utils.save_record(run.record, record)
     draw_figures(run.figures, record, model, *data.splits["test"], splits["test"][0])
     utils.finish_run(run)

@@ -492,8 +492,8 @@ def fit(run, speller, optimizer, words, options):
     """Train epoch by epoch, going on after the last finished one; a checkpoint after each, with
     the weights of the lowest validation CER beside the last ones.
 
-    Returns history {column: [a value an epoch]} and seconds [a value an epoch]. Raises UserError
-    when the loss is no longer a number; the checkpoint of the epoch before stays.
+    Returns history {column: [a value an epoch]} and seconds [a value an epoch], of fewer epochs if
+    the loss was no finite number in the next; the checkpoint of the epoch before stays.
     """
     model = speller.model
     saved = utils.continue_run(run, model, optimizer, options.restart)
@@ -508,7 +508,8 @@ def fit(run, speller, optimizer, words, options):
         utils.seed_everything(options.seed, epoch)
         model.train()
         loss = train_epoch(step, totals, words["train"], options.batch_size)
-        utils.check_loss(loss, epoch)
+        if not math.isfinite(loss):
+            break
         spelled = only_spellings(speller.greedy(words["val"]))
         valid = score_candidates(spelled, words["val"].spellings)
         row = {"train_loss": loss, "val_cer": valid["cer"], "val_wer": valid["wer"]}
@@ -542,9 +543,11 @@ def train(run, data, device, options):
         "config": run.config,
         "parameters": parameters,
         "history": history,
-        "best_epoch": history["val_cer"].index(min(history["val_cer"])) + 1,
         "measured": utils.measured(device, seconds),
     }
+    if len(seconds) < options.n_epochs:
+        utils.stop_diverged(run, record, len(seconds) + 1)
+    record["best_epoch"] = history["val_cer"].index(min(history["val_cer"])) + 1
     utils.save_record(run.record, record)
     draw_validation(run.figures / "validation-cer.png", record)
 
@@ -631,9 +634,7 @@ def test(run, data, device, options):
     if saved["config"] != run.config:
         print("The checkpoint is of another run or other data: no record and no figures written")
         return
-    record = utils.load_record(run.record)
-    measured = record.pop("measured")
-    record |= {"final": final, "measured": measured}
+    record = utils.load_record(run.record) | {"final": final}
     utils.save_record(run.record, record)
     draw_wer_at_k(run.figures / "wer-at-k.png", record)
     if final["attention"]:

@@ -113,7 +113,10 @@ def run_script(main):
     except UserError as error:
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; the same command goes on from the last finished epoch", 130))
+        sys.exit(_say("interrupted; to go on, run the same command again", 130))
+    except BrokenPipeError:  # as in `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _say(line, status):
@@ -590,12 +593,13 @@ def best_checkpoint(folder, question, score):
     return max(found)[-1]
 
 
-def check_loss(loss, epoch):
-    """Raises UserError if an epoch's loss is not a finite number."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the training loss became {loss} in epoch {epoch}; try a lower learning rate"
-        )
+def stop_diverged(run, record, epoch):
+    """Write the record of a run whose loss was no finite number in `epoch`. Raises UserError."""
+    save_record(run.record, record | {"diverged_in_epoch": epoch})
+    raise UserError(
+        f"the training loss was no longer a number in epoch {epoch}, and training stopped; "
+        "try a lower learning rate"
+    )
 
 
 def measured(device, seconds):

@@ -566,6 +566,17 @@ def test_the_best_epochs_weights_are_tested(train, monkeypatch, folder):
         assert torch.equal(saved["model"][name], weights[2][name])
 
 
+@pytest.mark.parametrize("losses", [[math.nan], [0.5, math.inf]])
+def test_a_loss_that_explodes_stops_the_run(train, monkeypatch, tmp_path, losses):
+    left = iter(losses)
+    monkeypatch.setattr(hw2_q3, "train_epoch", lambda *args: next(left))
+    with pytest.raises(utils.UserError, match=f"epoch {len(losses)}, and training stopped"):
+        train()
+    (record,) = map(utils.load_record, tmp_path.glob("out/figures/runs/*"))
+    assert record["history"].get("train_loss", []) == losses[:-1]
+    assert "final" not in record
+
+
 def test_the_same_run_twice_gives_the_same_bits(train):
     first, second = (train("--use_attn", out=out) for out in "ab")
     assert_equal_weights(first[1], second[1])
