@@ -536,7 +536,8 @@ def load_checkpoint(path, device="cpu", mmap=False):
         raise UserError(f"{path}: no such checkpoint")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a readable checkpoint ({one_line(error)}); delete it")
-    if not isinstance(content, dict) or not {"config", "history", "model"} <= content.keys():
+    expected = {"config", "history", "seconds", "finished", "model", "optimizer"}
+    if not isinstance(content, dict) or not expected <= content.keys():
         raise UserError(f"{path}: not a checkpoint of this project")
     return content
 

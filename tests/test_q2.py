@@ -13,6 +13,7 @@ from torch import nn
 
 import hw2_q2
 import utils
+from tests.conftest import save_checkpoint
 from utils import CLASSES
 
 # ----------------------------------------------------------------------------------------------
@@ -520,12 +521,9 @@ def test_predictions_as_a_table(trained, pictures, capsys):
 
 def test_the_best_checkpoint_on_photographs_is_chosen(tmp_path):
     def save(name, data, *accuracies):
-        utils.save_checkpoint(
-            tmp_path / f"q2-{name}.pt",
-            config={"data": {"name": data}},
-            history={"val_accuracy": list(accuracies)},
-            model={},
-        )
+        history = {"val_accuracy": list(accuracies)}
+        path = tmp_path / f"q2-{name}.pt"
+        save_checkpoint(path, config={"data": {"name": data}}, history=history)
 
     def best():
         return utils.best_checkpoint(tmp_path, "q2", lambda s: s["history"]["val_accuracy"][-1])
@@ -546,6 +544,6 @@ def test_bad_predictions(trained, pictures, tmp_path, fails):
     assert "no pictures" in fails(hw2_q2.main, ["-predict", tmp_path / "empty", *out])
     nothing = ["-predict", pictures, "-output_dir", tmp_path / "nothing"]
     assert "train one first" in fails(hw2_q2.main, nothing)
-    utils.save_checkpoint(tmp_path / "x.pt", config={"options": {}}, history={}, model={})
+    save_checkpoint(tmp_path / "x.pt", config={"options": {}})
     other = ["-predict", pictures, "-checkpoint", tmp_path / "x.pt"]
     assert "not a network of question 2" in fails(hw2_q2.main, other)

@@ -14,6 +14,7 @@ from rapidfuzz.distance import Levenshtein
 import hw2_q3
 import utils
 from hw2_q3 import END, PAD, START, UNK
+from tests.conftest import save_checkpoint
 
 # Words of a small language in which every letter sounds like itself, written in capitals.
 WORDS = "a ab abc bac cab dab add bad dad fad fed feed bead deaf face fade cafe acceded baba deed"
@@ -660,7 +661,7 @@ def test_another_checkpoint_is_tested_but_not_recorded(train, folder, tmp_path, 
 def test_bad_checkpoints(train, folder, tmp_path, fails):
     argv = ["test", "--data_dir", folder, "--output_dir", tmp_path]
     assert "train the model first" in fails(hw2_q3.main, argv)
-    utils.save_checkpoint(tmp_path / "x.pt", config={"options": {}}, history={}, model={})
+    save_checkpoint(tmp_path / "x.pt", config={"options": {}})
     argv += ["--checkpoint_name", tmp_path / "x.pt"]
     assert "not a model of question 3" in fails(hw2_q3.main, argv)
 

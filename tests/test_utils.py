@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import utils
+from tests.conftest import save_checkpoint
 from utils import UserError
 
 # ----------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_broken_record(tmp_path, content):
 
 def test_checkpoint_round_trip(tmp_path):
     weights = {"w": torch.randn(3, 4), "n": torch.tensor(3)}
-    utils.save_checkpoint(tmp_path / "c.pt", config={"a": 1}, history={}, model=weights)
+    save_checkpoint(tmp_path / "c.pt", config={"a": 1}, model=weights)
     loaded = utils.load_checkpoint(tmp_path / "c.pt")
     assert loaded["config"] == {"a": 1}
     assert torch.equal(loaded["model"]["w"], weights["w"])
@@ -326,7 +327,7 @@ def test_bad_checkpoints_are_named_and_never_run(tmp_path, write):
 
 def test_truncated_checkpoint(tmp_path):
     path = tmp_path / "c.pt"
-    utils.save_checkpoint(path, config={}, history={}, model={"w": torch.randn(1000)})
+    save_checkpoint(path, model={"w": torch.randn(1000)})
     content = path.read_bytes()
     for share in (0.1, 0.5, 0.95):
         path.write_bytes(content[: int(share * len(content))])
