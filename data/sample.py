@@ -8,7 +8,7 @@ from utils import CLASSES, SIZE, Landscapes, Pronunciations
 
 SCALE = 2  # pictures are drawn at twice their size and shrunk, which smooths edges
 SIDE = SIZE * SCALE
-SAMPLE_SIZES = {"train": 1200, "val": 300, "test": 300}
+SAMPLE_SIZES = {"train": 1500, "val": 300, "test": 300}
 
 
 def draw_landscapes(seed=0):
@@ -32,10 +32,10 @@ def draw_landscape(name, random):
     left, top = random.uniform(0, SIDE - side, 2)
     box = (left, top, left + side, top + side)
     picture = picture.resize((SIZE, SIZE), Image.Resampling.BOX, box)
-    light = random.uniform(0.5, 1.2) * (1 + random.normal(0, 0.1, 3))  # time of day, colour cast
-    haze = random.uniform(0, 0.5)
+    light = random.uniform(0.75, 1.15) * (1 + random.normal(0, 0.05, 3))  # time of day, colour cast
+    haze = random.uniform(0, 0.35)
     pixels = (1 - haze) * np.asarray(picture) * light + haze * random.uniform(120, 230)
-    pixels += random.normal(0, random.uniform(5, 28), pixels.shape)
+    pixels += random.normal(0, random.uniform(8, 24), pixels.shape)
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
