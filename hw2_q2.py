@@ -441,12 +441,7 @@ def load_data(options):
 
 def make_run(options, data):
     """The utils.Run of these options on these data."""
-    config = {
-        "question": "q2",
-        "recipe": RECIPE,
-        "options": {name: getattr(options, name) for name in RUN_OPTIONS},
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
-    }
+    config = utils.run_config("q2", RECIPE, options, RUN_OPTIONS, data)
     norm = "bn" if options.batch_norm else "plain"
     scrambled = "-scrambled" if options.scramble_pixels else ""
     what = f"q2-{norm}-{options.head}-lr{options.learning_rate:g}{scrambled}"
@@ -511,7 +506,7 @@ def draw_pictures(path, title, images, labels, predicted):
     for axes, image, true, guess in zip(grid.T.flat, images, labels, predicted):
         axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         right = true == guess
-        text = CLASSES[true] if right else f"{CLASSES[true]}\nnot {CLASSES[guess]}"
+        text = CLASSES[true] if right else f"{CLASSES[true]}\ntaken for {CLASSES[guess]}"
         axes.set_title(text, fontsize=7, color="black" if right else utils.VERMILION)
     legend = "above each test picture its true class, in red where the prediction is another"
     fig.suptitle(f"{title}\n{legend}", fontsize=8)

@@ -585,12 +585,7 @@ def audit(data):
 
 def make_run(options, data):
     """The utils.Run of these options on these data."""
-    config = {
-        "question": "q3",
-        "recipe": RECIPE,
-        "options": {name: getattr(options, name) for name in RUN_OPTIONS},
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
-    }
+    config = utils.run_config("q3", RECIPE, options, RUN_OPTIONS, data)
     title = f"q3-{'attn' if options.use_attn else 'plain'}-lr{options.lr:g}-seed{options.seed}"
     return utils.Run(f"{title}-{data.name}", config, options.output_dir, checkpoint_file(options))
 

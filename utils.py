@@ -17,6 +17,7 @@ import shutil
 import sys
 import unicodedata
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -481,6 +482,16 @@ class Run:
         return self.folder / "figures" / self.name
 
 
+def run_config(question, recipe, options, names, data):
+    """A `Run`'s config: the options called `names` of a namespace, and which data they met."""
+    return {
+        "question": question,
+        "recipe": recipe,
+        "options": {name: getattr(options, name) for name in names},
+        "data": {"name": data.name, "fingerprint": data.fingerprint},
+    }
+
+
 def write_file(path, write):
     """Call `write(temporary path)`, then move the result to `path`: whole or not at all.
 
@@ -531,7 +542,9 @@ def load_checkpoint(path, device="cpu", mmap=False):
     Raises UserError if it is missing, broken or not one of this project's.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():  # about odd files, which are refused below
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint")
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:

@@ -59,6 +59,20 @@ def save_checkpoint(path, **content):
     utils.save_checkpoint(path, **empty | {"model": {}, "optimizer": {}} | content)
 
 
+class Killed(BaseException):
+    """Raised where a test wants a run to die; nothing catches it."""
+
+
+def assert_equal_runs(first, second, parts=("model",)):
+    """Two (record, checkpoint) are the same to the bit, but for what was measured."""
+    for part in parts:
+        assert first[1][part].keys() == second[1][part].keys()
+        for name, weights in first[1][part].items():
+            assert torch.equal(weights, second[1][part][name]), name
+    records = [{k: v for k, v in run[0].items() if k != "measured"} for run in (first, second)]
+    assert records[0] == records[1]
+
+
 @pytest.fixture
 def fails(capsys):
     """fails(main, argv) -> the one line on stderr with which main(argv) ends, status 2."""

@@ -13,7 +13,7 @@ from torch import nn
 
 import hw2_q2
 import utils
-from tests.conftest import save_checkpoint
+from tests.conftest import Killed, assert_equal_runs, save_checkpoint
 from utils import CLASSES
 
 # ----------------------------------------------------------------------------------------------
@@ -252,16 +252,6 @@ def train(landscapes_path, tmp_path):
     return run
 
 
-def without_measured(record):
-    return {key: value for key, value in record.items() if key != "measured"}
-
-
-def assert_equal_weights(first, second):
-    assert first["model"].keys() == second["model"].keys()
-    for name, weights in first["model"].items():
-        assert torch.equal(weights, second["model"][name]), name
-
-
 def test_record_figures_and_output_of_a_run(train, tmp_path, capsys):
     record, _ = train("-learning_rate", 0.02)
     output = capsys.readouterr().out
@@ -339,14 +329,9 @@ def test_loss_falls(train, argv):
 
 def test_the_same_run_twice_gives_the_same_bits(train):
     first, second = train(folder="a"), train(folder="b")
-    assert_equal_weights(first[1], second[1])
-    assert without_measured(first[0]) == without_measured(second[0])
+    assert_equal_runs(first, second)
     other = train("-seed", 1, folder="c")
     assert not torch.equal(other[1]["model"]["fc3.weight"], first[1]["model"]["fc3.weight"])
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.mark.parametrize("argv", [[], ["-optimizer", "adam"], ["-no_batch_norm"]], ids=str)
@@ -387,8 +372,7 @@ def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, arg
     done = 4 if moment == "before the end" else 2
     assert f"Going on after epoch {done}" in capsys.readouterr().out
     whole = train(*argv, folder="undisturbed")
-    assert_equal_weights(continued[1], whole[1])
-    assert without_measured(continued[0]) == without_measured(whole[0])
+    assert_equal_runs(continued, whole)
     assert len(continued[0]["measured"]["seconds"]) == 4
 
 
@@ -396,7 +380,7 @@ def test_a_finished_run_and_restart_begin_anew(train, monkeypatch, capsys):
     first = train()
     again = train()
     assert "Going on" not in capsys.readouterr().out
-    assert_equal_weights(first[1], again[1])
+    assert_equal_runs(first, again)
 
     def stop(*args):
         raise Killed
@@ -468,7 +452,7 @@ def test_scrambled_pixels_change_the_training(train):
 @pytest.mark.parametrize("argv", [[], ["-no_batch_norm"], ["-optimizer", "adam"]], ids=str)
 def test_cuda_repeats_itself(train, argv):
     first, second = (train("-device", "cuda", *argv, folder=folder) for folder in "ab")
-    assert_equal_weights(first[1], second[1])
+    assert_equal_runs(first, second)
 
 
 # ----------------------------------------------------------------------------------------------

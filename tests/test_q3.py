@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 import hw2_q3
 import utils
 from hw2_q3 import END, PAD, START, UNK
-from tests.conftest import save_checkpoint
+from tests.conftest import Killed, assert_equal_runs, save_checkpoint
 
 # Words of a small language in which every letter sounds like itself, written in capitals.
 WORDS = "a ab abc bac cab dab add bad dad fad fed feed bead deaf face fade cafe acceded baba deed"
@@ -489,14 +489,7 @@ def train(folder, tmp_path):
     return run
 
 
-def without_measured(record):
-    return {key: value for key, value in record.items() if key != "measured"}
-
-
-def assert_equal_weights(first, second):
-    for part in ("model", "best"):
-        for name, weights in first[part].items():
-            assert torch.equal(weights, second[part][name]), name
+PARTS = ("model", "best")
 
 
 def test_overfits_twenty_words(train, tmp_path):
@@ -580,12 +573,7 @@ def test_a_loss_that_explodes_stops_the_run(train, monkeypatch, tmp_path, losses
 
 def test_the_same_run_twice_gives_the_same_bits(train):
     first, second = (train("--use_attn", out=out) for out in "ab")
-    assert_equal_weights(first[1], second[1])
-    assert without_measured(first[0]) == without_measured(second[0])
-
-
-class Killed(BaseException):
-    pass
+    assert_equal_runs(first, second, PARTS)
 
 
 @pytest.mark.parametrize("moment", ["after an epoch", "within an epoch", "before the test"])
@@ -626,8 +614,7 @@ def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, mom
     epochs = 5 if moment == "before the test" else 2
     assert f"Going on after epoch {epochs}" in capsys.readouterr().out
     whole = train(*argv, out="undisturbed")
-    assert_equal_weights(continued[1], whole[1])
-    assert without_measured(continued[0]) == without_measured(whole[0])
+    assert_equal_runs(continued, whole, PARTS)
 
 
 def test_train_then_test_is_the_same_as_both(train, folder, tmp_path, capsys):
@@ -640,7 +627,9 @@ def test_train_then_test_is_the_same_as_both(train, folder, tmp_path, capsys):
     hw2_q3.main(["test", "--nucleus", *argv])
     again = capsys.readouterr().out
     (record,) = (tmp_path / "apart" / "figures" / "runs").iterdir()
-    assert without_measured(utils.load_record(record)) == without_measured(both[0])
+    (checkpoint,) = (tmp_path / "apart" / "checkpoints").iterdir()
+    apart = utils.load_record(record), utils.load_checkpoint(checkpoint)
+    assert_equal_runs(apart, both, PARTS)
     tail = text[text.index("Test CER") : text.index("Figures")]
     assert tail in again
     hw2_q3.main(["test", "--nucleus", *argv])
