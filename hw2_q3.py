@@ -820,7 +820,7 @@ def spell_lines(lines, speller, options):
     else:
         found = speller.greedy(words, max_len)
     for (sound, _), candidates in zip(pairs, found):
-        for spelling, log_prob in dict.fromkeys(candidates):
+        for spelling, log_prob in dict(candidates).items():  # a spelling drawn twice, once
             print(f"{' '.join(sound)}\t{spelling}\t{log_prob:.3f}", flush=True)
 
 

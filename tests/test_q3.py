@@ -735,7 +735,8 @@ def test_spelling_candidates_with_log_probabilities(spell):
     assert scores == sorted(scores, reverse=True)
     assert all(score <= 0 for score in scores)
     sampled, _ = spell("C A B", "--nucleus", "--k", 5)
-    assert 1 <= len(sampled) <= 5
+    spellings = [row[1] for row in sampled]
+    assert 1 <= len(set(spellings)) == len(spellings) <= 5
     assert spell("C A B", "--nucleus", "--k", 5)[0] == sampled
 
 
