@@ -109,6 +109,9 @@ def add_machine_options(parser, dash):
 
 def run_script(main):
     """Run `main()`; what a user can mend or asked for ends with one line and status 2 or 130."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure") and not stream.isatty():  # Windows has another default
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -77,7 +77,7 @@ def main(argv=None):
     if options.language:
         path = options.output_dir / f"wikipron-{Path(options.language).name}.tsv"
         if not path.exists():
-            utils.download(options.url.format(language=options.language), path)
+            utils.download(options.url.replace("{language}", options.language), path)
     pairs = [(phonemes, spelling) for spelling, phonemes in utils.read_tsv(path)]
     sizes = {"test": options.test, "valid": options.valid, "train": options.train}
     splits = split_by_spelling(pairs, sizes, options.seed)

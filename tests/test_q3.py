@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -762,3 +764,13 @@ def test_segmenting_by_the_longest_phoneme():
     assert hw2_q3.segment("t͡ʃaːta", phonemes) == ["t͡ʃ", "aː", "t", "a"]
     assert hw2_q3.segment(" t͡ʃ  a x ", phonemes) == ["t͡ʃ", "a", "x"]
     assert hw2_q3.segment("tx", phonemes) == ["t", "x"]
+
+
+def test_bytes_that_are_no_text_are_unknown_phonemes(spell, tmp_path):
+    """Through a real pipe, in a locale that is not UTF-8."""
+    command = [sys.executable, "hw2_q3.py", "spell", "--output_dir", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    given = {"cwd": utils.ROOT, "env": environment, "input": b"C \xc3\xa6 \xff\n"}
+    done = subprocess.run(command, capture_output=True, check=True, **given)
+    assert done.stdout.decode().startswith("C æ \\xff\t")
+    assert "Unknown phonemes: \\xff æ" in done.stderr.decode()
