@@ -475,8 +475,7 @@ def make_step(model, optimizer, totals):
 def train_epoch(step, totals, words, batch_size):
     """One pass over `words` in random order. Returns its mean loss a character (nats).
 
-    Batches mix words of all lengths: batches of one length each need no packing, but learn far
-    worse (validation CER .248 in place of .222 after 20 epochs with attention, seed 42).
+    Batches mix words of all lengths: batches of one length each need no packing, but learn worse.
     """
     totals.zero_()
     batches = torch.randperm(len(words.lengths)).split(batch_size)

@@ -647,9 +647,7 @@ def _processor():
 # plotting
 
 # Okabe and Ito's colours, distinct for colour-blind readers too.
-BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
-)  # fmt: skip
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,

@@ -619,6 +619,21 @@ def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, mom
     assert_equal_runs(continued, whole, PARTS)
 
 
+def test_a_finished_run_and_restart_begin_anew(train, monkeypatch, capsys):
+    first = train("--use_attn")
+
+    def stop(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hw2_q3, "test", stop)
+        with pytest.raises(Killed):
+            train("--use_attn")
+    again = train("--use_attn", "--restart")
+    assert "Going on" not in capsys.readouterr().out
+    assert_equal_runs(first, again, PARTS)
+
+
 def test_train_then_test_is_the_same_as_both(train, folder, tmp_path, capsys):
     both = train("--nucleus", out="both")
     text = capsys.readouterr().out
