@@ -109,15 +109,6 @@ def command(options):
 # model
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout with its mask from torch.rand: on a CPU, Bernoulli numbers take twice as long."""
-
-    def forward(self, x):
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return super().forward(x)
-        return x * torch.rand_like(x).ge_(self.p).div_(1 - self.p)
-
-
 class ConvBlock(nn.Module):
     """Convolution -> [batch norm] -> ReLU -> pooling -> dropout.
 
@@ -132,7 +123,7 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity()
         pools = {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2)}
         self.pool = pools.get(pool, nn.Identity())
-        self.dropout = Dropout(dropout)
+        self.dropout = utils.Dropout(dropout)
 
     def forward(self, x):
         x = self.norm(self.conv(x))
@@ -192,7 +183,7 @@ class CNN(nn.Module):
         self.gap = nn.AdaptiveAvgPool2d(1) if head == "gap" else nn.Identity()
         self.fc1 = WideLinear(self._features(channels[0]), fc1_out_dim)
         self.norm = nn.BatchNorm1d(fc1_out_dim) if batch_norm else nn.Identity()
-        self.dropout = Dropout(dropout)
+        self.dropout = utils.Dropout(dropout)
         self.fc2 = nn.Linear(fc1_out_dim, fc2_out_dim)
         self.fc3 = nn.Linear(fc2_out_dim, len(CLASSES))
 

@@ -12,6 +12,7 @@ import math
 import sys
 import time
 import unicodedata
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 import utils
 from utils import UserError
 
-RECIPE = 1  # raised when a change alters the results of a run
+RECIPE = 2  # raised when a change alters the results of a run
 DATA_DIR = utils.ROOT / "data"
 
 # ----------------------------------------------------------------------------------------------
@@ -170,10 +171,6 @@ class Memory(NamedTuple):
     keys: torch.Tensor
     mask: torch.Tensor
 
-    def select(self, rows):
-        """The memory of these words."""
-        return Memory(*(part[rows] for part in self))
-
 
 class BahdanauAttention(nn.Module):
     """Additive attention, Bahdanau et al. 2015, section 3.1 and appendix A.1.2: the score of
@@ -181,7 +178,8 @@ class BahdanauAttention(nn.Module):
 
     Here s is the state that has read the current character, and the context joins it after the
     LSTM, tanh(W [context; s]) (Luong et al. 2015, section 3.1), so that all steps of a known target
-    are computed at once.
+    are computed at once. Only pairs of a state and a phoneme of its own word are computed: in a
+    batch of mixed lengths they are a third of a padded (B, T, S).
     """
 
     def __init__(self, hidden_size):
@@ -191,14 +189,25 @@ class BahdanauAttention(nn.Module):
         self.score = nn.Linear(hidden_size, 1, bias=False)  # v
         self.combine = nn.Linear(2 * hidden_size, hidden_size)  # W
 
-    def forward(self, states, memory):
-        """states (B, T, H) -> states with context (B, T, H) and attention weights (B, T, S)."""
-        queries = self.query(states).unsqueeze(2)  # (B, T, 1, H)
-        scores = self.score(torch.tanh(memory.keys.unsqueeze(1) + queries)).squeeze(3)  # (B, T, S)
-        scores = scores.masked_fill(~memory.mask.unsqueeze(1), -torch.inf)
-        weights = scores.softmax(2)  # exactly 0 where masked
-        context = weights @ memory.values  # (B, T, H)
-        return torch.tanh(self.combine(torch.cat((context, states), 2))), weights
+    def forward(self, states, words, memory):
+        """states (R, H), each of the word at `words` (R,) of the memory -> states with context
+        (R, H) and attention weights (R, S)."""
+        mask = memory.mask[words]  # (R, S)
+        rows, places = mask.nonzero(as_tuple=True)  # (P,), the pairs, row by row
+        places = words[rows] * mask.shape[1] + places  # (P,), into the memory's B * S
+        queries = F.embedding(rows, self.query(states))  # (P, H)
+        keys = F.embedding(places, memory.keys.flatten(0, 1))  # (P, H)
+        scores = self.score(torch.tanh(keys + queries)).squeeze(1)  # (P,)
+        scores = torch.full_like(mask, -torch.inf, dtype=scores.dtype).masked_scatter(mask, scores)
+        weights = scores.softmax(1)  # (R, S), exactly 0 where masked
+        context = F.embedding_bag(  # (R, H), the weighted sum of each row's values
+            places,
+            memory.values.flatten(0, 1),
+            offsets=mask.sum(1).cumsum(0) - mask.sum(1),
+            per_sample_weights=weights.masked_select(mask),
+            mode="sum",
+        )
+        return torch.tanh(self.combine(torch.cat((context, states), 1))), weights
 
 
 class Encoder(nn.Module):
@@ -209,7 +218,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
         self.lstm = nn.LSTM(hidden_size, hidden_size // 2, batch_first=True, bidirectional=True)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = utils.Dropout(dropout)
 
     def forward(self, sources, lengths):
         x = self.dropout(self.embedding(sources))  # (B, S, H)
@@ -230,18 +239,24 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
         self.lstm = nn.LSTM(hidden_size, hidden_size, batch_first=True)
         self.attention = BahdanauAttention(hidden_size) if use_attn else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = utils.Dropout(dropout)
         self.output = nn.Linear(hidden_size, symbols)
         self.output.weight = self.embedding.weight
 
-    def forward(self, characters, state, memory):
-        """characters (B, T), state 2 x (1, B, H) -> logits (B, T, V), the state after them, and
-        the attention weights (B, T, S), None without attention."""
+    def forward(self, characters, state, memory, steps, words):
+        """Characters so far (B, T), state 2 x (1, B, H) -> logits (R, V) of the next characters at
+        the R true places of `steps` (B, T), row by row, the state after the last character, and
+        the attention weights (R, S), None without attention.
+
+        words: int64 (B,), which word of the memory each row spells.
+        """
         x = self.dropout(self.embedding(characters))  # (B, T, H)
         x, state = self.lstm(x, state)
+        rows, _ = steps.nonzero(as_tuple=True)  # (R,)
+        x = F.embedding(steps.flatten().nonzero()[:, 0], x.flatten(0, 1))  # (R, H)
         weights = None
         if self.attention is not None:
-            x, weights = self.attention(x, memory)
+            x, weights = self.attention(x, words[rows], memory)
         return self.output(self.dropout(x)), state, weights
 
 
@@ -260,10 +275,14 @@ class Seq2Seq(nn.Module):
             return None, state
         return Memory(outputs, self.decoder.attention.key(outputs), sources != PAD), state
 
-    def forward(self, sources, lengths, characters):
-        """The same and the characters so far (B, T) -> logits (B, T, V) of the next ones."""
+    def forward(self, sources, lengths, targets):
+        """The same and targets (B, T), padded: START, characters, END -> logits (R, V) of every
+        character after a START, word by word, and the attention weights (R, S)."""
         memory, state = self.encode(sources, lengths)
-        return self.decoder(characters, state, memory)[0]
+        words = torch.arange(len(sources), device=sources.device)
+        steps = targets[:, 1:] != PAD
+        logits, _, weights = self.decoder(targets[:, :-1], state, memory, steps, words)
+        return logits, weights
 
 
 def build_model(options, phonemes, characters):
@@ -275,17 +294,17 @@ def build_model(options, phonemes, characters):
 # ----------------------------------------------------------------------------------------------
 # decoding
 
-ROWS = 2048  # spelled at once; bounds the memory
+ROWS = 1024  # spelled at once: few enough that words of like length stay among themselves
 MAX_LEN = 50  # characters
 
 
 def next_log_probs(model, last, state, memory, words):
     """One step of rows that spell `words` (R,), numbers into the memory: last characters (R,) ->
     log-probabilities (R, V) of the next and the new state."""
-    seen = memory and memory.select(words)
-    logits, state, _ = model.decoder(last.unsqueeze(1), state, seen)
-    logits[:, :, :END] = -torch.inf
-    return logits[:, 0].log_softmax(1), state
+    every = torch.ones_like(last, dtype=torch.bool).unsqueeze(1)  # (R, 1)
+    logits, state, _ = model.decoder(last.unsqueeze(1), state, memory, every, words)
+    logits[:, :END] = -torch.inf
+    return logits.log_softmax(1), state
 
 
 @torch.inference_mode()
@@ -332,9 +351,19 @@ def nucleus(log_probs, p):
 
 
 def sampler(p, seed, device):
-    """A function that samples from the nucleus, the same numbers for the same seed."""
+    """A function that samples from the nucleus, the same numbers for the same seed.
+
+    By one uniform number a row, against its cumulated probabilities (torch.multinomial draws one
+    for each token).
+    """
     generator = torch.Generator(device).manual_seed(seed)
-    return lambda log_probs: torch.multinomial(nucleus(log_probs, p), 1, generator=generator)[:, 0]
+
+    def choose(log_probs):
+        cumulated = nucleus(log_probs, p).cumsum(1)  # (R, V)
+        point = torch.rand(len(log_probs), 1, generator=generator, device=device)
+        return (cumulated <= point * cumulated[:, -1:]).sum(1)  # the first that is beyond it
+
+    return choose
 
 
 @torch.inference_mode()
@@ -460,14 +489,13 @@ def make_step(model, optimizer, totals):
     device: reading a number back would make it wait."""
 
     def step(sources, lengths, targets):
-        inputs, nexts = targets[:, :-1], targets[:, 1:]  # each character predicts the next
-        logits = model(sources, lengths, inputs)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), nexts.flatten(), ignore_index=PAD)
+        logits, _ = model(sources, lengths, targets)  # (R, V)
+        true = targets[:, 1:]
+        loss = F.cross_entropy(logits, true[true != PAD])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        count = (nexts != PAD).sum()
-        totals.add_(torch.stack((loss.detach() * count, count)))
+        totals.add_(torch.stack((loss.detach() * len(logits), loss.new_tensor(len(logits)))))
 
     return step
 
@@ -637,26 +665,55 @@ def test(run, data, device, options):
 
 
 def score(speller, pairs, options):
-    """All test scores: greedy; nucleus sampling; beam search; WER@1 to WER@10 of the last two."""
+    """All test scores: greedy; nucleus sampling; beam search. With them, for the report, each
+    word's length, distances and the rank of its first right candidate, and the usual mistakes."""
     words = speller.tensors(pairs)
     true, max_len, size = words.spellings, options.max_len, options.beam_size or 5
     greedy = only_spellings(speller.greedy(words, max_len))
     most = max(options.k, MOST)
     samples = only_spellings(speller.sample(words, options.topp, most, options.seed, max_len))
     beams = {n: only_spellings(speller.beam(words, n, max_len)) for n in {size, MOST}}
-    nucleus = score_candidates(samples, true, options.k)
-    beam = score_candidates(beams[size], true, min(size, options.k))
-    curves = {"nucleus": samples, "beam": beams[MOST]}
+    at = min(size, options.k)
     return {
-        "greedy": score_candidates(greedy, true),
-        "nucleus": {"p": options.topp, "k": options.k} | nucleus,
-        "beam": {"size": size} | beam,
+        "lengths": [len(word) for word in true],
+        "greedy": score_candidates(greedy, true) | word_errors(greedy, true),
+        "nucleus": {"p": options.topp, "k": options.k}
+        | score_candidates(samples, true, options.k)
+        | word_errors(samples, true),
+        "beam": {"size": size}
+        | score_candidates(beams[size], true, at)
+        | word_errors(beams[size], true),
         "curves": {
             name: [wer_at_k(candidates, true, k) for k in range(1, MOST + 1)]
-            for name, candidates in curves.items()
+            for name, candidates in (("nucleus", samples), ("beam", beams[MOST]))
         },
+        "mistakes": mistakes([found[0] for found in greedy], true),
         "examples": [[w, list(dict.fromkeys(s[: options.k]))] for w, s in zip(true[:10], samples)],
     }
+
+
+def word_errors(candidates, true):
+    """Word by word: the first candidate's Levenshtein distance, and the rank, from 1, of the first
+    right candidate, 0 where there is none."""
+    distances = [Levenshtein.distance(found[0], word) for found, word in zip(candidates, true)]
+    ranks = [found.index(word) + 1 if word in found else 0 for found, word in zip(candidates, true)]
+    return {"distances": distances, "ranks": ranks}
+
+
+def mistakes(predicted, true, most=20):
+    """The most frequent single edits [true character, written character, count], '' for one that
+    is missing or too many, and how many edits of each kind there are in all."""
+    edits = Counter()
+    for written, word in zip(predicted, true, strict=True):
+        for kind, i, j in Levenshtein.editops(word, written):
+            edits[
+                kind, word[i] if kind != "insert" else "", written[j] if kind != "delete" else ""
+            ] += 1
+    kinds = Counter()
+    for (kind, *_), count in edits.items():
+        kinds[kind] += count
+    common = sorted(edits.items(), key=lambda item: (-item[1], item[0]))[:most]
+    return {"kinds": dict(sorted(kinds.items())), "common": [[a, b, n] for (_, a, b), n in common]}
 
 
 def print_scores(final, options, mark=""):
@@ -687,11 +744,9 @@ def attention_examples(speller, pairs):
     weights (letters x phonemes)}; empty without attention."""
     model, examples = speller.model, []
     for sound, spelling in pairs if model.decoder.attention else []:
+        [[(spelling, _)]] = speller.greedy(speller.tensors([(sound, spelling)]))
         word = speller.tensors([(sound, spelling)])
-        [[(spelling, _)]] = speller.greedy(word)
-        inputs = speller.tensors([(sound, spelling)]).targets[:, :-1]
-        memory, state = model.encode(word.sources, word.lengths)
-        weights = model.decoder(inputs, state, memory)[2][0]  # (letters, phonemes)
+        weights = model(word.sources, word.lengths, word.targets)[1]  # (letters, phonemes)
         rows = [[round(weight, 4) for weight in row] for row in weights.tolist()]
         letters = [*spelling, "end"]
         examples.append({"phonemes": list(sound), "letters": letters, "weights": rows})

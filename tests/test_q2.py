@@ -186,7 +186,7 @@ def test_pooling_before_relu_is_the_textbook_block(norm):
 
 def test_dropout_keeps_the_right_share_and_the_mean():
     torch.manual_seed(0)
-    dropout = hw2_q2.Dropout(0.1)
+    dropout = utils.Dropout(0.1)
     x = torch.ones(1000, 1000)
     dropped = dropout(x)
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)

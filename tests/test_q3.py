@@ -21,6 +21,7 @@ from tests.conftest import Killed, assert_equal_runs, save_checkpoint
 # Words of a small language in which every letter sounds like itself, written in capitals.
 WORDS = "a ab abc bac cab dab add bad dad fad fed feed bead deaf face fade cafe acceded baba deed"
 PAIRS = [(tuple(word.upper()), word) for word in WORDS.split(" ")]
+ONE = torch.tensor([[True]]), torch.tensor([0])  # one step of one word, for the decoder
 
 
 @pytest.fixture(scope="module")
@@ -161,18 +162,22 @@ def test_an_epoch_shows_every_word_once(vocabularies):
 def test_teacher_forcing_shifts_by_one(vocabularies):
     """The model gets START and all characters but the last and must tell all but START."""
     model = build(vocabularies)
-    seen = {}
+    seen = []
+    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
 
     class Spy(torch.nn.Module):
-        def forward(self, sources, lengths, inputs):
-            seen["inputs"] = inputs
-            return model(sources, lengths, inputs) * 0
+        def forward(self, sources, lengths, targets):
+            logits, weights = model(sources, lengths, targets)
+            return logits * 0, weights
 
     totals = torch.zeros(2)
     step = hw2_q3.make_step(Spy(), torch.optim.SGD(model.parameters(), 0.1), totals)
     targets = torch.tensor([[START, 4, 5, END], [START, 6, END, PAD]])
     step(torch.tensor([[4, 5], [6, PAD]]), torch.tensor([2, 1]), targets)
-    assert seen["inputs"].tolist() == [[START, 4, 5], [START, 6, END]]
+    [(inputs, _, _, steps, words)] = seen
+    assert inputs.tolist() == [[START, 4, 5], [START, 6, END]]
+    assert steps.tolist() == [[True, True, True], [True, True, False]]
+    assert words.tolist() == [0, 1]
     # five characters count, padding does not; logits of 0 make each cost log(10)
     assert totals.tolist() == pytest.approx([5 * math.log(10), 5])
 
@@ -207,8 +212,9 @@ def loop_attention(attention, states, values, lengths):
             inside = attention.key.weight @ values[b, i]
             inside = inside + attention.query.weight @ states[b, t] + attention.query.bias
             scores.append(attention.score.weight[0] @ torch.tanh(inside))
-        weights[b, t, : lengths[b]] = torch.stack(scores).softmax(0)
-        context = sum(weights[b, t, i] * values[b, i] for i in range(lengths[b]))
+        shares = torch.stack(scores).softmax(0)
+        weights[b, t, : lengths[b]] = shares
+        context = sum(shares[i] * values[b, i] for i in range(lengths[b]))
         joined = torch.cat((context, states[b, t]))
         contexts[b, t] = torch.tanh(attention.combine.weight @ joined + attention.combine.bias)
     return contexts, weights
@@ -220,36 +226,57 @@ def test_attention_equals_a_loop():
     states, values, lengths = torch.randn(3, 2, 7), torch.randn(3, 5, 7), [5, 3, 1]
     mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
     memory = hw2_q3.Memory(values, attention.key(values), mask)
-    outputs, weights = attention(states, memory)
+    words = torch.tensor([0, 0, 1, 1, 2, 2])
+    outputs, weights = attention(states.flatten(0, 1), words, memory)
     expected, expected_weights = loop_attention(attention, states, values, lengths)
-    torch.testing.assert_close(outputs, expected)
-    torch.testing.assert_close(weights, expected_weights)
-    assert (weights[~mask.unsqueeze(1).expand_as(weights)] == 0).all()  # exactly
-    torch.testing.assert_close(weights.sum(2), torch.ones(3, 2))
+    torch.testing.assert_close(outputs, expected.flatten(0, 1))
+    torch.testing.assert_close(weights, expected_weights.flatten(0, 1))
+    assert (weights[~mask[words]] == 0).all()  # exactly
+    torch.testing.assert_close(weights.sum(1), torch.ones(6))
+
+
+def test_attention_gradients_equal_a_loops():
+    gradients = []
+    for looped in (False, True):
+        torch.manual_seed(0)
+        attention = hw2_q3.BahdanauAttention(7)
+        states, values, lengths = torch.randn(3, 2, 7), torch.randn(3, 5, 7), [5, 3, 1]
+        states.requires_grad_(), values.requires_grad_()
+        if looped:
+            outputs = loop_attention(attention, states, values, lengths)[0].flatten(0, 1)
+        else:
+            mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
+            memory = hw2_q3.Memory(values, attention.key(values), mask)
+            words = torch.tensor([0, 0, 1, 1, 2, 2])
+            outputs, _ = attention(states.flatten(0, 1), words, memory)
+        (outputs * torch.linspace(-1, 1, 42).view(6, 7)).sum().backward()
+        gradients.append([states.grad, values.grad, *(p.grad for p in attention.parameters())])
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("use_attn", [True, False])
 def test_padded_sources_give_what_each_word_gives_alone(vocabularies, use_attn):
     model = build(vocabularies, use_attn=use_attn)
     tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
-    inputs = tensors.targets[:, :-1]
-    together = model(tensors.sources, tensors.lengths, inputs)
+    together, _ = model(tensors.sources, tensors.lengths, tensors.targets)
+    alone = []
     for i, length in enumerate(tensors.lengths.tolist()):
-        row = tensors.sources[i : i + 1, :length]
-        alone = model(row, torch.tensor([length]), inputs[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], alone)
+        row, end = tensors.sources[i : i + 1, :length], tensors.target_lengths[i]
+        alone.append(model(row, torch.tensor([length]), tensors.targets[i : i + 1, :end])[0])
+    torch.testing.assert_close(together, torch.cat(alone))
 
 
 def test_all_steps_at_once_equal_one_at_a_time(vocabularies):
     model = build(vocabularies)
     source = torch.tensor([[4, 5, 6]]), torch.tensor([3])
-    inputs = torch.tensor([[START, 4, 5, 6]])
+    targets = torch.tensor([[START, 4, 5, 6, END]])
     memory, state = model.encode(*source)
     steps = []
     for t in range(4):
-        logits, state, _ = model.decoder(inputs[:, t : t + 1], state, memory)
+        logits, state, _ = model.decoder(targets[:, t : t + 1], state, memory, *ONE)
         steps.append(logits)
-    torch.testing.assert_close(torch.cat(steps, 1), model(*source, inputs))
+    torch.testing.assert_close(torch.cat(steps), model(*source, targets)[0])
 
 
 def test_the_output_layer_is_the_embedding(vocabularies):
@@ -295,7 +322,7 @@ def plain_greedy(model, sources, characters, max_len):
     inputs = [START]
     while len(inputs) <= max_len and inputs[-1] != END:
         length = torch.tensor([sources.shape[1]])
-        logits = model(sources, length, torch.tensor([inputs]))[0, -1]
+        logits = model(sources, length, torch.tensor([[*inputs, END]]))[0][-1]
         logits[[PAD, UNK, START]] = -torch.inf
         inputs.append(int(logits.argmax()))
     return characters.decode(inputs[1:])
@@ -317,9 +344,9 @@ def every_spelling(model, sources, size, max_len):
     scores = {}
 
     def extend(prefix, state, score):
-        logits, state, _ = model.decoder(torch.tensor([prefix[-1:]]), state, memory)
-        logits[:, :, :END] = -torch.inf
-        for number, log_prob in enumerate(logits[0, 0].log_softmax(0).tolist()):
+        logits, state, _ = model.decoder(torch.tensor([prefix[-1:]]), state, memory, *ONE)
+        logits[:, :END] = -torch.inf
+        for number, log_prob in enumerate(logits[0].log_softmax(0).tolist()):
             longer = [*prefix, number]
             if number == END or (number > END and len(longer) > max_len):
                 scores[tuple(longer[1:])] = score + log_prob
@@ -473,6 +500,16 @@ def test_scores_of_lists_of_different_length():
         hw2_q3.cer(["a"], ["a", "b"])
 
 
+def test_word_errors_and_mistakes_by_hand():
+    true = ["abc", "bad", "cafe", "b"]
+    candidates = [["abc", "abd"], ["bed", "bad"], ["kafe", "kaf"], ["ba"]]
+    errors = hw2_q3.word_errors(candidates, true)
+    assert errors == {"distances": [0, 1, 1, 1], "ranks": [1, 2, 0, 0]}
+    found = hw2_q3.mistakes(["abc", "bed", "kafe", "ba"], true, most=2)
+    assert found == {"kinds": {"insert": 1, "replace": 2}, "common": [["", "a", 1], ["a", "e", 1]]}
+    assert hw2_q3.mistakes(["ac"], ["abc"])["common"] == [["b", "", 1]]
+
+
 # ----------------------------------------------------------------------------------------------
 # training and testing
 
@@ -499,7 +536,9 @@ def test_overfits_twenty_words(train, tmp_path):
     argv = "--use_attn --dropout 0 --n_epochs 60 --hidden_size 48 --lr 0.01 --batch_size 8"
     record, _ = train(*argv.split())
     assert min(record["history"]["val_cer"]) == 0
-    assert record["final"]["greedy"] == {"cer": 0, "wer": 0, "wer@1": 0}
+    greedy = {"cer": 0, "wer": 0, "wer@1": 0, "distances": [0] * 20, "ranks": [1] * 20}
+    assert record["final"]["greedy"] == greedy
+    assert record["final"]["mistakes"] == {"kinds": {}, "common": []}
 
 
 @pytest.mark.parametrize("argv", [["--use_attn"], []], ids=["attention", "plain"])
