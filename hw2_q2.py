@@ -33,10 +33,19 @@ RUN_OPTIONS = (
     "epochs", "batch_size", "learning_rate", "l2_decay", "dropout", "optimizer", "batch_norm",
     "head", "pool", "kernel_size", "scramble_pixels", "seed",
 )  # fmt: skip
+# Those that came later; in a run's name and record only where not the default, so that the runs
+# made before keep their names.
+LATER_OPTIONS = {"convs": 1, "precision": "float32"}
 
 
 def parse_options(argv=None):
     """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
+    parser = make_parser()
+    return _settle(parser, parser.parse_args(argv))
+
+
+def make_parser():
+    """The parser of the command line."""
     parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
     whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
     decay, share = utils.number(float, 0, 10**3), utils.number(float, 0, 1, high_open=True)
@@ -44,7 +53,9 @@ def parse_options(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("-epochs", type=whole, default=40, help="passes over the training pictures")
     add("-batch_size", type=whole, default=8, help="pictures a step")
-    add("-learning_rate", type=real, default=0.01, help="step size")
+    several = {"nargs": "+", "action": utils.OneOrMore}
+    rate = "step size; several: a run for each, side by side"
+    add("-learning_rate", type=real, default=0.01, help=rate, **several)
     add("-l2_decay", type=decay, default=0.0, help="weight decay")
     add("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
 
@@ -57,7 +68,12 @@ def parse_options(argv=None):
     pool = "what halves a block's map: max or average pooling, a convolution of stride 2, nothing"
     add("-pool", choices=("max", "avg", "stride", "none"), default="max", help=pool)
     add("-no_maxpool", action="store_true", help="the course's name for -pool stride")
-    add("-kernel_size", type=int, choices=range(1, 12, 2), default=3, help="in pixels, odd")
+    kernel = f"in pixels; {SIZE}: one convolution over the whole picture instead of three blocks"
+    add("-kernel_size", type=int, choices=(*range(1, 12, 2), SIZE), default=3, help=kernel)
+    add("-convs", type=utils.number(int, 1, 4), default=1, help="convolutions a block")
+    precision = "of the convolutions' products; bfloat16 is faster where the processor has it"
+    choices = ("float32", "bfloat16")
+    add("-precision", choices=choices, default="float32", help=precision)
 
     add = parser.add_argument_group("pictures").add_argument
     where = "an .npz file (default: data/intel_landscapes.v2.npz, or else a built-in sample)"
@@ -73,7 +89,7 @@ def parse_options(argv=None):
     checkpoint = "the network for -predict (default: the one with the best validation accuracy)"
     add("-checkpoint", type=Path, metavar="FILE", help=checkpoint)
     add("-json", action="store_true", help="print the answer of -predict as JSON")
-    return _settle(parser, parser.parse_args(argv))
+    return parser
 
 
 def _settle(parser, options):
@@ -82,6 +98,10 @@ def _settle(parser, options):
         if options.pool not in ("max", "stride"):
             parser.error(f"-no_maxpool means -pool stride, but -pool {options.pool} is given too")
         options.pool = "stride"
+    if options.kernel_size == SIZE:
+        if options.convs > 1 or options.pool not in ("max", "none"):
+            parser.error(f"-kernel_size {SIZE} is one convolution: nothing to pool or to stack")
+        options.pool = "none"
     options.head = options.head or ("gap" if options.batch_norm else "flatten")
     if options.batch_norm and options.batch_size == 1:
         parser.error(
@@ -94,15 +114,11 @@ def _settle(parser, options):
 
 def command(options):
     """The command line, without paths and machine, that repeats the run with these options."""
-    words = ["python hw2_q2.py"]
-    default_head = "gap" if options["batch_norm"] else "flatten"
-    defaults = vars(parse_options([])) | {"learning_rate": None, "head": default_head}
-    for name in RUN_OPTIONS:
-        value = options[name]
-        if value != defaults[name]:
-            flag = {"batch_norm": "no_batch_norm"}.get(name, name)
-            words.append(f"-{flag}" if isinstance(value, bool) else f"-{flag} {value}")
-    return " ".join(words)
+    shown = {name: value for name, value in options.items() if name != "learning_rate"}
+    if options["head"] == ("gap" if options["batch_norm"] else "flatten"):
+        del shown["head"]  # as it is by default
+    words = ["python hw2_q2.py -learning_rate", options["learning_rate"]]
+    return " ".join(map(str, [*words, *make_parser().arguments(shown)]))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -113,20 +129,27 @@ class ConvBlock(nn.Module):
     """Convolution -> [batch norm] -> ReLU -> pooling -> dropout.
 
     (B, C_in, H, W) -> (B, C_out, H', W'), H' = H / 2, or H where `pool` is 'none'. Batch norm:
-    Ioffe and Szegedy 2015, section 3.2 (before the nonlinearity).
+    Ioffe and Szegedy 2015, section 3.2 (before the nonlinearity). precision: 'bfloat16' multiplies
+    numbers of 8 bits' precision, sums them in float32, and rounds the sums to 8 bits again.
     """
 
-    def __init__(self, in_channels, out_channels, kernel_size, batch_norm, pool, dropout):
+    def __init__(
+        self, in_channels, out_channels, kernel_size, batch_norm, pool, dropout, precision="float32"
+    ):
         super().__init__()
         stride = 2 if pool == "stride" else 1
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2)
+        padding = kernel_size // 2 if kernel_size % 2 else 0
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
+        self.bfloat16 = precision == "bfloat16"
         self.norm = nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity()
         pools = {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2)}
         self.pool = pools.get(pool, nn.Identity())
         self.dropout = utils.Dropout(dropout)
 
     def forward(self, x):
-        x = self.norm(self.conv(x))
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            x = self.conv(x)
+        x = self.norm(x.float())
         if isinstance(self.pool, nn.MaxPool2d):  # ReLU second: the same on a quarter of the values
             return self.dropout(F.relu(self.pool(x)))
         return self.dropout(self.pool(F.relu(x)))
@@ -169,17 +192,24 @@ class CNN(nn.Module):
 
     Pictures, float (B, 3, 48, 48) in 0..1, -> log-probabilities (B, 6). head: 'flatten' gives fc1
     every position of the last map, 'gap' its mean over positions (Lin et al. 2013, section 3.2).
+    convs: convolutions a block, the last of which is pooled (Simonyan and Zisserman 2015, 2.3).
+    kernel_size: one of the picture's size takes the blocks' place, with the last one's channels.
     """
 
     def __init__(
-        self, batch_norm=True, head="gap", pool="max", kernel_size=3, dropout=0.1,
-        channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
+        self, batch_norm=True, head="gap", pool="max", kernel_size=3, dropout=0.1, convs=1,
+        precision="float32", channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
     ):  # fmt: skip
         super().__init__()
-        self.convs = nn.Sequential(*(
-            ConvBlock(c_in, c_out, kernel_size, batch_norm, pool, dropout)
-            for c_in, c_out in zip(channels, channels[1:])
-        ))  # fmt: skip
+        if kernel_size == SIZE:
+            channels = channels[0], channels[-1]
+        blocks = []
+        for c_in, c_out in zip(channels, channels[1:]):
+            for i in range(convs):
+                last = (pool, dropout) if i == convs - 1 else ("none", 0.0)
+                shape = c_in if i == 0 else c_out, c_out, kernel_size
+                blocks.append(ConvBlock(*shape, batch_norm, *last, precision))
+        self.convs = nn.Sequential(*blocks)
         self.gap = nn.AdaptiveAvgPool2d(1) if head == "gap" else nn.Identity()
         self.fc1 = WideLinear(self._features(channels[0]), fc1_out_dim)
         self.norm = nn.BatchNorm1d(fc1_out_dim) if batch_norm else nn.Identity()
@@ -207,7 +237,8 @@ class CNN(nn.Module):
 def build_model(options):
     """The network that the options (a namespace or a record's dictionary) describe."""
     options = options if isinstance(options, dict) else vars(options)
-    names = ("batch_norm", "head", "pool", "kernel_size", "dropout")
+    options = LATER_OPTIONS | options
+    names = ("batch_norm", "head", "pool", "kernel_size", "dropout", "convs", "precision")
     return CNN(**{name: options[name] for name in names}).to(memory_format=torch.channels_last)
 
 
@@ -348,6 +379,31 @@ def evaluate(model, images, labels):
     }
 
 
+def moved_accuracies(model, images, labels, most=4):
+    """Accuracies on pictures moved by 0, 1, ... `most` pixels, each the mean of up, down, left and
+    right; the border is repeated."""
+    places = torch.arange(SIZE, device=images.device)
+    accuracies = [evaluate(model, images, labels)["accuracy"]]
+    for distance in range(1, most + 1):
+        rows = [(places + step).clamp(0, SIZE - 1) for step in (-distance, distance)]
+        moved = [images[:, :, row] for row in rows] + [images[:, :, :, row] for row in rows]
+        scores = [evaluate(model, pictures, labels)["accuracy"] for pictures in moved]
+        accuracies.append(sum(scores) / len(scores))
+    return accuracies
+
+
+def size_accuracies(model, images, labels, sizes=(32, 48, 64, 96)):
+    """{size: accuracy} on pictures resized to size x size pixels, antialiased."""
+    accuracies = {}
+    for size in sizes:
+        shape = {"size": (size, size), "mode": "bilinear", "antialias": True}
+        resized = [
+            F.interpolate(batch.float(), **shape).round().byte() for batch in images.split(64)
+        ]
+        accuracies[str(size)] = evaluate(model, torch.cat(resized), labels)["accuracy"]
+    return accuracies
+
+
 def fit(run, model, optimizer, splits, options):
     """Train epoch by epoch, going on after the last finished one; a checkpoint after each.
 
@@ -407,6 +463,10 @@ def train(options):
     if len(seconds) < options.epochs:
         utils.stop_diverged(run, record, len(seconds) + 1)
     final = record["final"] = {s: evaluate(model, *splits[s]) for s in utils.SPLITS}
+    if not options.scramble_pixels:
+        final["test"]["moved"] = moved_accuracies(model, *splits["test"])
+        if options.head == "gap" and options.kernel_size != SIZE:
+            final["test"]["sizes"] = size_accuracies(model, *splits["test"])
     mark = " (built-in sample)" if data.name == "sample" else ""
     print(f"Valid acc: {final['val']['accuracy']:.4f}{mark}")
     print(f"Final Test acc: {final['test']['accuracy']:.4f}{mark}")
@@ -414,6 +474,25 @@ def train(options):
     draw_figures(run.figures, record, model, *data.splits["test"], splits["test"][0])
     utils.finish_run(run)
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
+
+
+def train_many(several):
+    """Train the networks that several namespaces of options describe, side by side."""
+    data = load_data(several[0])
+    tasks = []
+    for options in several:
+        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
+        words = str(Path(__file__).resolve()), *make_parser().arguments(own)
+        tasks.append(utils.Task(make_run(options, data), words, options.epochs))
+    utils.run_many(tasks, summary, several[0])
+
+
+def summary(record):
+    """What a record says, in one line."""
+    if "final" not in record:
+        return f"diverged in epoch {record['diverged_in_epoch']}"
+    valid, test = (record["final"][split]["accuracy"] for split in ("val", "test"))
+    return f"Valid acc: {valid:.4f}  Final Test acc: {test:.4f}"
 
 
 def load_data(options):
@@ -432,7 +511,8 @@ def load_data(options):
 
 def make_run(options, data):
     """The utils.Run of these options on these data."""
-    config = utils.run_config("q2", RECIPE, options, RUN_OPTIONS, data)
+    later = [name for name, default in LATER_OPTIONS.items() if getattr(options, name) != default]
+    config = utils.run_config("q2", RECIPE, options, (*RUN_OPTIONS, *later), data)
     norm = "bn" if options.batch_norm else "plain"
     scrambled = "-scrambled" if options.scramble_pixels else ""
     what = f"q2-{norm}-{options.head}-lr{options.learning_rate:g}{scrambled}"
@@ -585,6 +665,8 @@ def main(argv=None):
         print_parameters(options)
     elif options.predict:
         classify(options)
+    elif len(several := utils.each(options, "learning_rate", "seed")) > 1:
+        train_many(several)
     else:
         train(options)
 

@@ -38,6 +38,12 @@ RUN_OPTIONS = ("use_attn", "lr", "dropout", "n_epochs", "batch_size", "hidden_si
 
 def parse_options(argv=None):
     """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
+    parser = make_parser()
+    return _settle(parser, parser.parse_args(argv))
+
+
+def make_parser():
+    """The parser of the command line."""
     parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
     whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
     share = utils.number(float, 0, 1, high_open=True)
@@ -49,7 +55,9 @@ def parse_options(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=whole, default=20, help="passes over the training words")
     add("--batch_size", type=whole, default=64, help="words a step")
-    add("--lr", type=real, default=0.003, help="Adam's step size")
+    several = {"nargs": "+", "action": utils.OneOrMore}
+    rate = "Adam's step size; several: a run for each, side by side"
+    add("--lr", type=real, default=0.003, help=rate, **several)
     add("--dropout", type=share, default=0.3, help="share of the units dropped")
     size = "width of embeddings and LSTMs, even"
     add("--hidden_size", type=utils.number(int, 2, 8192), default=128, help=size)
@@ -70,7 +78,7 @@ def parse_options(argv=None):
     file = "for spell: a file with IPA on each line, or - for standard input"
     add("--input", metavar="FILE", help=file)
     utils.add_machine_options(parser, "--")
-    return _settle(parser, parser.parse_args(argv))
+    return parser
 
 
 def _settle(parser, options):
@@ -81,6 +89,9 @@ def _settle(parser, options):
         parser.error("--hidden_size must be even: the encoder has two directions of half of it")
     if options.mode != "spell" and (options.ipa or options.input):
         parser.error("IPA and --input go with spell: python hw2_q3.py spell ...")
+    several = [name for name in ("lr", "seed") if isinstance(getattr(options, name), list)]
+    if several and (options.mode or options.checkpoint_name):
+        parser.error(f"several values of --{several[0]} are for training and testing in one")
     if options.ipa and options.input:
         parser.error("give IPA either as arguments or by --input")
     return options
@@ -88,12 +99,7 @@ def _settle(parser, options):
 
 def command(options):
     """The command line, without paths and machine, that repeats the run with these options."""
-    defaults = vars(parse_options([]))
-    words = ["python hw2_q3.py"]
-    for name in RUN_OPTIONS:
-        if options[name] != defaults[name]:
-            words.append(f"--{name}" if options[name] is True else f"--{name} {options[name]}")
-    return " ".join(words)
+    return " ".join(["python hw2_q3.py", *make_parser().arguments(options)])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -579,6 +585,27 @@ def train(run, data, device, options):
     draw_validation(run.figures / "validation-cer.png", record)
 
 
+def train_many(several):
+    """Train and test the models that several namespaces of options describe, side by side."""
+    data = load_data(several[0])
+    tasks = []
+    for options in several:
+        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
+        words = str(Path(__file__).resolve()), *make_parser().arguments(own)
+        tasks.append(utils.Task(make_run(options, data), words, options.n_epochs))
+    utils.run_many(tasks, summary, several[0])
+
+
+def summary(record):
+    """What a record says, in one line."""
+    if "final" not in record:
+        return f"diverged in epoch {record['diverged_in_epoch']}"
+    greedy, nucleus = record["final"]["greedy"], record["final"]["nucleus"]
+    k = nucleus["k"]
+    at_k = f"nucleus Test WER@{k}: {nucleus[f'wer@{k}']:.4f}"
+    return f"Test CER: {greedy['cer']:.4f}, Test WER: {greedy['wer']:.4f}, {at_k}"
+
+
 def load_data(options):
     """The words in --data_dir, or in its default place, or else the built-in sample."""
     folder = options.data_dir or DATA_DIR
@@ -885,6 +912,9 @@ def spell_lines(lines, speller, options):
 def main(argv=None):
     """Do what the command line asks for."""
     options = parse_options(argv)
+    if len(several := utils.each(options, "lr", "seed")) > 1:
+        train_many(several)
+        return
     device = utils.prepare_device(options.device, options.threads)
     if options.mode == "spell":
         spell(options, device)

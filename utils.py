@@ -1,6 +1,7 @@
 """What both questions share.
 
-errors, command line | seeding, devices | loading data | run records, checkpoints | plotting
+errors, command line | seeding, devices | loading data | run records, checkpoints | running many
+runs | plotting
 """
 
 import argparse
@@ -8,13 +9,17 @@ import contextlib
 import datetime
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
 import pickle
 import platform
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 import unicodedata
 import urllib.request
 import warnings
@@ -25,6 +30,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
+import joblib
 import matplotlib
 import numpy as np
 import torch
@@ -67,8 +73,37 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0]}{hint}")
         return args
 
+    def arguments(self, options):
+        """The arguments that say what `options`, a dictionary, says beyond the defaults."""
+        words = []
+        for action in self._actions:
+            value = options.get(action.dest)
+            if value is None or value == action.default:
+                continue
+            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
+            words += [*action.option_strings[:1], *map(str, values)]
+        return words
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+class OneOrMore(argparse.Action):
+    """Stores one value as it is, several as a list, each once; for an option with nargs='+'."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        values = list(dict.fromkeys(values))
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
+def each(options, *names):
+    """The namespace `options` once for each combination of the values of those called `names`."""
+    values = (getattr(options, name) for name in names)
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    return [
+        argparse.Namespace(**vars(options) | dict(zip(names, combination)))
+        for combination in itertools.product(*lists)
+    ]
 
 
 def number(kind, low, high, low_open=False, high_open=False):
@@ -95,13 +130,19 @@ def number(kind, low, high, low_open=False, high_open=False):
 def add_machine_options(parser, dash):
     """Add what both scripts ask about seed, machine and places; `dash` is '-' or '--'."""
     group = parser.add_argument_group("seed, machine and places")
+    several = {"nargs": "+", "action": OneOrMore}
+    seed = "random seed; several: a run for each, side by side"
     group.add_argument(
-        f"{dash}seed", type=number(int, 0, 2**32 - 1), default=42, help="random seed"
+        f"{dash}seed", type=number(int, 0, 2**32 - 1), default=42, help=seed, **several
     )
     device = "cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)"
     group.add_argument(f"{dash}device", help=device)
-    threads = "CPU threads (default: one a core)"
+    threads = "CPU threads a run (default: one a core; one where runs go side by side)"
     group.add_argument(f"{dash}threads", type=number(int, 1, 1024), help=threads)
+    jobs = "runs at once, where there are several (default: one a core; on cuda, one)"
+    group.add_argument(f"{dash}jobs", type=number(int, 1, 1024), help=jobs)
+    scheduler = "spread several runs over the workers of this Dask scheduler, tcp://HOST:PORT"
+    group.add_argument(f"{dash}scheduler", metavar="ADDRESS", help=scheduler)
     restart = "forget an unfinished run, begin anew"
     group.add_argument(f"{dash}restart", action="store_true", help=restart)
     folder = "where checkpoints/ and figures/ are written (default: beside the scripts)"
@@ -110,6 +151,7 @@ def add_machine_options(parser, dash):
 
 def run_script(main):
     """Run `main()`; what a user can mend or asked for ends with one line and status 2 or 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as tidily as by Ctrl-C
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and not stream.isatty():  # Windows has another default
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -651,6 +693,157 @@ def _processor():
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor()
+
+
+# ----------------------------------------------------------------------------------------------
+# running many runs
+
+POLL = 2  # seconds between two looks at how far the runs are
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to be trained by a process of its own: `python` with these arguments."""
+
+    run: Run
+    arguments: tuple
+    epochs: int
+
+    def epochs_done(self):
+        """How many epochs its checkpoint has."""
+        try:
+            return len(load_checkpoint(self.run.checkpoint, mmap=True)["seconds"])
+        except UserError:
+            return 0
+
+
+def finished_record(run):
+    """The record of a run that was trained to its end, be it that it diverged; None if there is
+    none. A broken one is set aside, with a line that says so."""
+    try:
+        record = load_record(run.record) if run.record.exists() else {}
+    except UserError as error:
+        os.replace(run.record, run.record.with_suffix(".broken"))
+        print(f"{error}; set aside as {run.record.with_suffix('.broken').name}", file=sys.stderr)
+        record = {}
+    return record if {"final", "diverged_in_epoch"} & record.keys() else None
+
+
+def run_many(tasks, summary, options):
+    """Train the runs of `tasks` side by side and return their records, in order.
+
+    A run that has a record is passed over, so the same call again does what is left. summary: a
+    record -> what the line says that is printed as its run ends. options: how many at once ('jobs';
+    by default one a core, or one on a GPU), or the address of a Dask scheduler whose workers, on
+    machines that share this folder, do the work ('scheduler'); 'restart' passes no run over. A run
+    that fails takes no other along; at the end UserError says how many did.
+    """
+    cuda = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
+    jobs = options.jobs or (1 if cuda else len(cores()))
+    left, failed = {}, 0
+    for task in tasks:
+        record = None if options.restart else finished_record(task.run)
+        if record:
+            print(f"{task.run.name}: {summary(record)} (from its record)")
+        else:
+            left[(sys.executable, *task.arguments)] = task
+    with _progress(left.values()) as bar, _finished(left, jobs, options.scheduler) as results:
+        for result in results:
+            run = left[tuple(result.args)].run
+            record = finished_record(run)
+            if result.returncode and not (record and "diverged_in_epoch" in record):
+                failed += 1
+                bar.write(f"{run.name}: {_why(result)}")
+            else:
+                bar.write(f"{run.name}: {summary(record)}")
+    if failed:
+        raise UserError(f"{failed} of {len(tasks)} runs failed; the same command tries them again")
+    return [finished_record(task.run) for task in tasks]
+
+
+def _why(result):
+    lines = result.stderr.strip().splitlines()
+    return lines[-1] if lines else f"ended with status {result.returncode}"
+
+
+@contextlib.contextmanager
+def _progress(tasks):
+    """One progress bar over all epochs of the tasks, kept up to date by a thread."""
+    ended = threading.Event()
+    total = sum(task.epochs for task in tasks)
+    with tqdm(total=total, unit="epoch", disable=None if total else True) as bar:
+
+        def watch():
+            while not ended.wait(POLL):
+                bar.n = sum(task.epochs_done() for task in tasks)
+                bar.refresh()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        if not bar.disable:
+            watcher.start()
+        try:
+            yield bar
+        finally:
+            ended.set()
+            if watcher.is_alive():
+                watcher.join()
+
+
+@contextlib.contextmanager
+def _finished(commands, jobs, scheduler):
+    """An iterator over the commands' CompletedProcess as they end. Leaving ends the others."""
+    how = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    how |= {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    with contextlib.ExitStack() as stack:
+        if scheduler:
+            stack.enter_context(_dask(scheduler))
+            start, jobs = subprocess.run, -1  # as many as the workers have threads
+        else:
+            start = stack.enter_context(_Children()).run
+            stack.enter_context(joblib.parallel_config("threading"))
+        parallel = joblib.Parallel(jobs, return_as="generator_unordered")
+        results = parallel(joblib.delayed(start)(list(command), **how) for command in commands)
+        try:
+            yield results
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # joblib tells of runs that were not awaited
+                results.close()
+
+
+class _Children(contextlib.AbstractContextManager):
+    """Like subprocess.run, but leaving the context ends the processes that are still there."""
+
+    def __init__(self):
+        self.running, self.left = set(), False
+
+    def run(self, command, **how):
+        if self.left:
+            return subprocess.CompletedProcess(command, -signal.SIGTERM, stderr="")
+        with subprocess.Popen(command, **how) as process:
+            self.running.add(process)
+            errors = process.communicate()[1]
+        self.running.discard(process)
+        return subprocess.CompletedProcess(command, process.returncode, stderr=errors)
+
+    def __exit__(self, *exception):
+        self.left = True
+        for process in list(self.running):
+            process.terminate()
+
+
+@contextlib.contextmanager
+def _dask(address):
+    try:
+        from dask.distributed import Client
+    except ImportError:
+        raise UserError('Dask is not installed; pip install "dask[distributed]"')
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"no Dask scheduler at {address} ({one_line(error)})")
+    with client, joblib.parallel_config("dask"):
+        yield
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
-"""Loading landscapes, seeding, records and checkpoints, the command line, captured steps."""
+"""Loading data, seeding, records and checkpoints, the command line, captured steps, many runs."""
 
 import argparse
 import io
 import math
 import pickle
+import sys
+import time
 import zipfile
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -341,7 +344,7 @@ def test_truncated_checkpoint(tmp_path):
 
 def small_network():
     torch.manual_seed(0)
-    # No bias before batch norm: its gradient is rounding noise, which Adam scales up to whole steps.
+    # No bias before batch norm: its gradient is rounding noise, which Adam makes whole steps of.
     first = nn.Linear(5, 7, bias=False)
     return nn.Sequential(first, nn.BatchNorm1d(7), nn.Dropout(0.5), nn.Linear(7, 1))
 
@@ -457,3 +460,159 @@ def test_fingerprint_of_words(tmp_path):
     assert utils.load_pronunciations(write_words(tmp_path)).fingerprint == first
     other = utils.load_pronunciations(write_words(tmp_path, test="k æ t\tcats\n"))
     assert other.fingerprint != first
+
+
+# ----------------------------------------------------------------------------------------------
+# running many runs
+
+# A script in place of a training: it does as its second word says, and its first is its record.
+SCRIPT = """
+import json, os, pathlib, signal, sys, time
+path, behaviour = pathlib.Path(sys.argv[1]), sys.argv[2]
+with open(path.with_suffix(".started"), "a") as log:
+    print(time.time(), file=log)
+if behaviour == "fail":
+    sys.exit("script.py: error: no luck")
+if behaviour == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
+if behaviour == "wait":
+    time.sleep(60)
+if behaviour == "meet":  # until two are there at once
+    until = time.time() + 30
+    while len(list(path.parent.glob("*.started"))) < 2 and time.time() < until:
+        time.sleep(0.01)
+record = {"config": {}, "history": {}}
+record |= {"diverged_in_epoch": 2} if behaviour == "diverge" else {"final": behaviour}
+path.write_text(json.dumps(record))
+sys.exit(2 if behaviour == "diverge" else 0)
+"""
+
+
+@pytest.fixture
+def make_tasks(tmp_path):
+    """make_tasks(behaviour, ...) -> a task for each."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "figures" / "runs").mkdir(parents=True)
+
+    def make(*behaviours):
+        runs = [utils.Run(f"run{i}", {}, tmp_path) for i in range(len(behaviours))]
+        script = str(tmp_path / "script.py")
+        return [utils.Task(r, (script, str(r.record), b), 3) for r, b in zip(runs, behaviours)]
+
+    return make
+
+
+def run_many(tasks, **options):
+    defaults = {"jobs": None, "scheduler": None, "restart": False, "device": "cpu"}
+    return utils.run_many(
+        tasks,
+        lambda record: f"ended: {record.get('final', 'diverged')}",
+        argparse.Namespace(**defaults | options),
+    )
+
+
+def starts(task):
+    log = task.run.record.with_suffix(".started")
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_runs_side_by_side_in_order(make_tasks, capsys):
+    tasks = make_tasks("meet", "meet")
+    assert [record["final"] for record in run_many(tasks, jobs=2)] == ["meet", "meet"]
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == sorted(f"{task.run.name}: ended: meet" for task in tasks)
+
+
+def test_a_run_that_fails_takes_no_other_along(make_tasks, capsys):
+    tasks = make_tasks("good", "fail", "die", "diverge", "good")
+    with pytest.raises(UserError, match="2 of 5 runs failed; the same command"):
+        run_many(tasks, jobs=1)
+    lines = capsys.readouterr().out.splitlines()
+    ends = "ended: good", "script.py: error: no luck", "ended with status -9", "ended: diverged"
+    assert lines == [f"{t.run.name}: {e}" for t, e in zip(tasks, (*ends, "ended: good"))]
+
+
+def test_the_next_call_does_what_is_left(make_tasks, capsys):
+    with pytest.raises(UserError):
+        run_many(make_tasks("good", "fail", "diverge"))
+    capsys.readouterr()
+    tasks = make_tasks("good", "good", "diverge")
+    assert [record.get("final") for record in run_many(tasks)] == ["good", "good", None]
+    assert [starts(task) for task in tasks] == [1, 2, 1]
+    assert capsys.readouterr().out.count("(from its record)") == 2
+    run_many(tasks, restart=True)
+    assert [starts(task) for task in tasks] == [2, 3, 2]
+
+
+def test_a_broken_record_is_set_aside_and_its_run_repeated(make_tasks, capsys):
+    [task] = make_tasks("good")
+    task.run.record.write_text('{"config": {}, "final')
+    assert run_many([task])[0]["final"] == "good"
+    assert task.run.record.with_suffix(".broken").exists()
+    assert "set aside" in capsys.readouterr().err
+
+
+def test_a_record_without_scores_is_not_the_end(make_tasks):
+    [task] = make_tasks("good")
+    utils.save_record(task.run.record, {"config": {}, "history": {}})
+    assert utils.finished_record(task.run) is None
+    assert run_many([task])[0]["final"] == "good"
+
+
+def test_an_interrupt_ends_all_runs(make_tasks, monkeypatch):
+    """Those under way are ended, those to come are not begun."""
+    tasks = make_tasks("wait", "good", "wait", "wait")
+    monkeypatch.setattr(utils.tqdm, "write", Mock(side_effect=KeyboardInterrupt))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_many(tasks, jobs=2)
+    assert time.monotonic() - began < 30
+    assert not any(t.run.record.exists() for t in tasks if "wait" in t.arguments)
+
+
+def test_the_bar_counts_epochs(make_tasks):
+    [task] = make_tasks("good")
+    assert task.epochs_done() == 0
+    save_checkpoint(task.run.checkpoint, seconds=[1.0, 2.0])
+    assert task.epochs_done() == 2
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://", "127.0.0.1"])
+def test_no_scheduler_there(make_tasks, monkeypatch, address):
+    client = pytest.importorskip("dask.distributed").Client
+    impatient = lambda address, timeout: client(address, timeout=0.2)  # noqa: E731
+    monkeypatch.setattr("dask.distributed.Client", impatient)
+    with pytest.raises(UserError, match="no Dask scheduler at"):
+        run_many(make_tasks("good"), scheduler=address)
+
+
+def test_a_cluster_of_two_workers(make_tasks, capsys):
+    """Both workers have one thread, and the runs wait for each other: both take part."""
+    distributed = pytest.importorskip("dask.distributed")
+    how = {"n_workers": 2, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+    with distributed.LocalCluster(**how) as cluster:
+        tasks = make_tasks("meet", "meet", "fail")
+        with pytest.raises(UserError, match="1 of 3 runs failed"):
+            run_many(tasks, scheduler=cluster.scheduler_address)
+    assert [utils.finished_record(t.run)["final"] for t in tasks[:2]] == ["meet", "meet"]
+    assert "no luck" in capsys.readouterr().out
+
+
+def test_without_dask_the_scheduler_option_says_what_to_install(make_tasks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "dask.distributed", None)
+    with pytest.raises(UserError, match=r'pip install "dask\[distributed\]"'):
+        run_many(make_tasks("good"), scheduler="tcp://127.0.0.1:1")
+
+
+def test_several_values_make_several_options():
+    parser = utils.Parser()
+    parser.add_argument("-x", nargs="+", type=int, action=utils.OneOrMore, default=7)
+    parser.add_argument("-y", action="store_true")
+    parser.add_argument("-no_z", dest="z", action="store_false")
+    assert parser.parse_args([]).x == 7
+    assert parser.parse_args(["-x", "3"]).x == 3
+    several = parser.parse_args(["-x", "3", "4", "3", "-y", "-no_z"])
+    assert several.x == [3, 4]
+    assert [o.x for o in utils.each(several, "x", "y")] == [3, 4]
+    assert parser.arguments(vars(several)) == ["-x", "3", "4", "-y", "-no_z"]
+    assert parser.arguments({"x": 7, "y": False, "z": True}) == []
