@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -48,8 +49,10 @@ BAD_OPTIONS = [
     "-learning_rate 0", "-learning_rate -1", "-learning_rate nan", "-learning_rate inf",
     "-l2_decay -1", "-dropout 1", "-dropout -0.1", "-optimizer rmsprop", "-head mean",
     "-kernel_size 4", "-kernel_size 0", "-pool avg -no_maxpool", "-seed -1", "-threads 0",
-    "-device abacus", "-data_path no/such/file.npz", "-json", "-checkpoint x.pt", "-predict",
-    "-predict no/such/picture.jpg -checkpoint none.pt", "-epoch", "-leaning_rate 1", "train",
+    "-kernel_size 48 -pool avg", "-kernel_size 48 -convs 2", "-convs 0", "-precision half",
+    "-learning_rate .1 0", "-seed 1 2 x", "-jobs 0", "-device abacus", "-json", "-predict",
+    "-data_path no/such/file.npz", "-checkpoint x.pt", "-epoch", "-leaning_rate 1", "train",
+    "-predict no/such/picture.jpg -checkpoint none.pt",
 ]  # fmt: skip
 
 
@@ -65,15 +68,18 @@ def test_bad_options_end_with_one_line(line, fails):
         "-learning_rate 0.1 -no_batch_norm -seed 3",
         "-learning_rate 0.01 -no_batch_norm -head gap -scramble_pixels",
         "-learning_rate 0.001 -optimizer adam -pool avg -kernel_size 5",
+        "-learning_rate 0.01 -convs 2 -precision bfloat16",
+        "-learning_rate 0.01 -batch_size 16 -head flatten -dropout 0.3 -l2_decay 0.0005",
     ],
 )
 def test_the_recorded_command_repeats_the_run(line):
-    chosen = {name: getattr(options(*line.split()), name) for name in hw2_q2.RUN_OPTIONS}
+    names = (*hw2_q2.RUN_OPTIONS, *hw2_q2.LATER_OPTIONS)
+    chosen = {name: getattr(options(*line.split()), name) for name in names}
     command = hw2_q2.command(chosen)
     assert command.startswith("python hw2_q2.py -learning_rate ")
     assert set(command.split()[2:]) == set(line.split())
     again = options(*command.split()[2:])
-    assert {name: getattr(again, name) for name in hw2_q2.RUN_OPTIONS} == chosen
+    assert {name: getattr(again, name) for name in names} == chosen
 
 
 def test_help_teaches(capsys):
@@ -99,6 +105,8 @@ def test_help_teaches(capsys):
         (["-no_batch_norm", "-head", "gap"], 755_718 - 2_496),
         (["-no_batch_norm", "-no_maxpool"], 5_340_742),
         (["-kernel_size", "5"], 755_718 + 16 * (3 * 32 + 32 * 64 + 64 * 128)),
+        (["-convs", "2"], 755_718 + sum(9 * c * c + c + 2 * c for c in (32, 64, 128))),
+        (["-kernel_size", "48"], 755_718 - 93_248 - 2 * (32 + 64) + 3 * 128 * 48**2 + 128),
     ],
 )
 def test_parameter_counts(argv, count):
@@ -143,6 +151,36 @@ def test_forward_shapes(pool, head, norm, kernel):
     log_probs = model(hw2_q2.as_input(images))
     assert log_probs.shape == (2, 6)
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("argv", "side"),
+    [(["-convs", 2], 6), (["-convs", 3, "-pool", "avg"], 6), (["-kernel_size", 48], 1)],
+)
+def test_forward_shapes_of_stacked_and_whole_picture_convolutions(argv, side):
+    model = hw2_q2.build_model(options(*argv)).eval()
+    images = torch.rand(2, 3, 48, 48)
+    assert model.convs(images).shape == (2, 128, side, side)
+    assert model(images).shape == (2, 6)
+
+
+@pytest.mark.parametrize("argv", [[], ["-no_batch_norm"]], ids=str)
+def test_bfloat16_products_are_those_of_float32_but_for_rounding(argv):
+    """bfloat16 keeps 8 bits: products differ by up to 1 in 256, a loss of ln 6 by much less."""
+    images, labels = torch.rand(8, 3, 48, 48), torch.arange(8) % 6
+    outcomes = []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = hw2_q2.build_model(options("-dropout", 0, "-precision", precision, *argv))
+        loss = F.nll_loss(model(images), labels)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        outcomes.append((loss.detach(), gradient))
+        assert gradient.dtype == loss.dtype == torch.float32
+    (loss, gradient), (rounded_loss, rounded_gradient) = outcomes
+    assert loss != rounded_loss
+    torch.testing.assert_close(rounded_loss, loss, rtol=1e-2, atol=0)
+    assert F.cosine_similarity(gradient, rounded_gradient, dim=0) > 0.95
 
 
 def test_convolution_block_by_hand():
@@ -260,7 +298,7 @@ def test_record_figures_and_output_of_a_run(train, tmp_path, capsys):
     final = record["final"]
     assert f"Valid acc: {final['val']['accuracy']:.4f}\n" in output
     assert f"Final Test acc: {final['test']['accuracy']:.4f}\n" in output
-    assert record["command"] == "python hw2_q2.py -epochs 2 -learning_rate 0.02"
+    assert record["command"] == "python hw2_q2.py -learning_rate 0.02 -epochs 2"
     assert record["config"]["data"]["name"] == "photographs"
     assert str(tmp_path) not in json.dumps(record)
     history = record["history"]
@@ -446,6 +484,58 @@ def test_other_data_is_another_run(train, tmp_path, arrays):
 def test_scrambled_pixels_change_the_training(train):
     first, second = train(), train("-scramble_pixels", folder="b")
     assert first[0]["history"] != second[0]["history"]
+
+
+class Brightest(torch.nn.Module):
+    """Takes a picture for class 1 if its pixel in the middle is white, else for class 0."""
+
+    def forward(self, x):
+        row, column = x.shape[2] // 2, x.shape[3] // 2
+        white = x[:, 0, row, column] > 0.5  # (B,)
+        return torch.nn.functional.one_hot(white.long(), 6).float()
+
+
+def test_moved_and_resized_pictures_by_hand():
+    """A white square of 5 pixels about the middle: moved by up to 2 it still covers it. One of 9
+    in a corner is where the border is repeated, and leads astray nobody."""
+    images = torch.zeros(2, 3, 48, 48, dtype=torch.uint8)
+    images[0, :, 22:27, 22:27] = 255
+    images[1, :, :9, :9] = 255
+    labels = torch.tensor([1, 0])
+    assert hw2_q2.moved_accuracies(Brightest(), images, labels) == [1, 1, 1, 0.5, 0.5]
+    sizes = hw2_q2.size_accuracies(Brightest(), images, labels)
+    assert sizes == {"32": 1, "48": 1, "64": 1, "96": 1}
+    shifted = images.roll(1, 2)  # one row lower: three up uncovers it, three down does not
+    assert hw2_q2.moved_accuracies(Brightest(), shifted, labels)[2:4] == [1 - 1 / 8, 0.5 + 1 / 8]
+
+
+def test_several_rates_and_seeds_are_the_runs_one_by_one(landscapes_path, tmp_path, capsys):
+    words = f"-epochs 2 -no_batch_norm -data_path {landscapes_path} -output_dir {tmp_path}".split()
+    hw2_q2.main([*words, "-learning_rate", ".1", ".01", "-seed", "1", "2", "-jobs", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        name, valid, test = re.fullmatch(
+            r"(\S+): Valid acc: (\S+)  Final Test acc: (\S+)", line
+        ).groups()
+        record = utils.load_record(tmp_path / "figures" / "runs" / f"{name}.json")
+        final = record["final"]
+        assert (f"{final['val']['accuracy']:.4f}", f"{final['test']['accuracy']:.4f}") == (
+            valid,
+            test,
+        )
+        assert record["measured"]["threads"] == 1
+    alone = tmp_path / "alone"
+    hw2_q2.main(
+        [*words, "-learning_rate", ".1", "-seed", "2", "-threads", "1", "-output_dir", str(alone)]
+    )
+    [path] = (alone / "checkpoints").glob("*.pt")
+    pairs = [
+        (utils.load_record(folder / "figures" / "runs" / f"{path.stem}.json"),
+         utils.load_checkpoint(folder / "checkpoints" / path.name))
+        for folder in (tmp_path, alone)
+    ]  # fmt: skip
+    assert_equal_runs(*pairs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -76,6 +76,13 @@ def test_question_3(start, system):
     assert f"| {start} | {ours} | {len(scores)} |".replace("  ", " ") in README.splitlines()
 
 
+def test_records_bear_the_names_of_their_runs():
+    """So that the report finds them: options that come later must not rename earlier runs."""
+    for path in utils.ROOT.glob("figures/runs/*.json"):
+        title = path.stem.rpartition("-")[0]
+        assert utils.Run(title, utils.load_record(path)["config"]).name == path.stem
+
+
 def test_the_readme_names_the_machine():
     text = " ".join(README.split())
     for record in RECORDS:
