@@ -149,7 +149,7 @@ class ConvBlock(nn.Module):
     def forward(self, x):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             x = self.conv(x)
-        x = self.norm(x.float())
+        x = self.norm(x.float() if self.bfloat16 else x)
         if isinstance(self.pool, nn.MaxPool2d):  # ReLU second: the same on a quarter of the values
             return self.dropout(F.relu(self.pool(x)))
         return self.dropout(self.pool(F.relu(x)))
@@ -479,11 +479,8 @@ def train(options):
 def train_many(several):
     """Train the networks that several namespaces of options describe, side by side."""
     data = load_data(several[0])
-    tasks = []
-    for options in several:
-        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
-        words = str(Path(__file__).resolve()), *make_parser().arguments(own)
-        tasks.append(utils.Task(make_run(options, data), words, options.epochs))
+    runs = [make_run(options, data) for options in several]
+    tasks = utils.make_tasks(__file__, make_parser(), several, runs)
     utils.run_many(tasks, summary, several[0])
 
 

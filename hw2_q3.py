@@ -588,11 +588,8 @@ def train(run, data, device, options):
 def train_many(several):
     """Train and test the models that several namespaces of options describe, side by side."""
     data = load_data(several[0])
-    tasks = []
-    for options in several:
-        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
-        words = str(Path(__file__).resolve()), *make_parser().arguments(own)
-        tasks.append(utils.Task(make_run(options, data), words, options.n_epochs))
+    runs = [make_run(options, data) for options in several]
+    tasks = utils.make_tasks(__file__, make_parser(), several, runs)
     utils.run_many(tasks, summary, several[0])
 
 

@@ -679,12 +679,21 @@ def measured(device, seconds):
         "processor": _processor(),
         "cores": len(cores()),
         "threads": torch.get_num_threads(),
+        "peak_memory_mib": _peak_memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _peak_memory():
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+    except (OSError, ValueError, IndexError):  # not Linux
+        return None
 
 
 def _processor():
@@ -715,6 +724,17 @@ class Task:
             return len(load_checkpoint(self.run.checkpoint, mmap=True)["seconds"])
         except UserError:
             return 0
+
+
+def make_tasks(script, parser, several, runs):
+    """A Task for each of `several` namespaces of options, which `script` is to be called with."""
+    tasks = []
+    for options, run in zip(several, runs, strict=True):
+        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
+        epochs = own.get("epochs") or own.get("n_epochs")
+        words = str(Path(script).resolve()), *parser.arguments(own)
+        tasks.append(Task(run, words, epochs))
+    return tasks
 
 
 def finished_record(run):

@@ -14,6 +14,7 @@ from torch import nn
 
 import hw2_q2
 import utils
+from tests import benchmark
 from tests.conftest import Killed, assert_equal_runs, save_checkpoint
 from utils import CLASSES
 
@@ -255,6 +256,32 @@ def test_the_step_in_the_backward_pass_is_sgds():
     slow = train(False)
     for name, weights in train(True).items():
         torch.testing.assert_close(weights, slow[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("argv", [[], ["-no_batch_norm"]], ids=str)
+def test_training_is_the_textbooks(argv):
+    """Without dropout, in double precision: some steps of the textbook loop, and ours with all
+    that makes it fast, end with the same weights."""
+    images, labels = torch.rand(24, 3, 48, 48, dtype=torch.float64), torch.arange(24) % 6
+    options_ = options("-dropout", 0, "-learning_rate", 0.05, *argv)
+    torch.manual_seed(0)
+    ours = hw2_q2.build_model(options_).double().train()
+    textbook = benchmark.TextbookCNN(batch_norm=not argv).double()
+    textbook.load_state_dict(ours.state_dict())
+    for layer in textbook.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0
+    batches = list(zip(images.split(8), labels.split(8)))
+    benchmark.textbook_epoch(textbook, torch.optim.SGD(textbook.parameters(), 0.05), batches)
+    optimizer = hw2_q2.make_optimizer(ours, options_)
+    for inputs, truth in batches:
+        loss = F.nll_loss(ours(inputs.to(memory_format=torch.channels_last)), truth)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert ours.fc1.lr == 0.05
+    for name, weights in textbook.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weights, msg=name)
 
 
 @pytest.mark.parametrize("argv", [["-optimizer", "adam"], ["-l2_decay", "0.1"]])

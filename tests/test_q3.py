@@ -16,6 +16,7 @@ from rapidfuzz.distance import Levenshtein
 import hw2_q3
 import utils
 from hw2_q3 import END, PAD, START, UNK
+from tests import benchmark
 from tests.conftest import Killed, assert_equal_runs, save_checkpoint
 
 # Words of a small language in which every letter sounds like itself, written in capitals.
@@ -277,6 +278,32 @@ def test_all_steps_at_once_equal_one_at_a_time(vocabularies):
         logits, state, _ = model.decoder(targets[:, t : t + 1], state, memory, *ONE)
         steps.append(logits)
     torch.testing.assert_close(torch.cat(steps), model(*source, targets)[0])
+
+
+def test_model_training_and_greedy_spelling_are_the_textbooks(vocabularies):
+    """Without dropout: the same logits, the same weights after some steps, the same spellings."""
+    ours = build(vocabularies)
+    textbook = benchmark.TextbookSpeller(*map(len, vocabularies), size=16, dropout=0).eval()
+    textbook.load_state_dict(ours.state_dict())
+    words = hw2_q3.to_tensors(PAIRS, *vocabularies)
+    steps = words.targets[:, 1:] != PAD
+    logits = textbook(words.sources, words.lengths, words.targets[:, :-1])[steps]
+    torch.testing.assert_close(ours(words.sources, words.lengths, words.targets)[0], logits)
+
+    batch = words.sources, words.lengths, words.targets
+    optimizer = torch.optim.SGD(textbook.parameters(), 0.5)
+    benchmark.textbook_spelling_epoch(textbook, optimizer, [batch] * 5)
+    step = hw2_q3.make_step(ours, torch.optim.SGD(ours.parameters(), 0.5), torch.zeros(2))
+    for _ in range(5):
+        step(*batch)
+    for name, weights in textbook.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], weights, rtol=1e-3, atol=1e-4, msg=name)
+
+    textbook.load_state_dict(ours.state_dict())
+    sources = [row[:length] for row, length in zip(words.sources, words.lengths)]
+    spelled = [benchmark.textbook_spell(textbook, source) for source in sources]
+    greedy = hw2_q3.Speller(ours, *vocabularies).greedy(words)
+    assert hw2_q3.only_spellings(greedy) == [[vocabularies[1].decode(s)] for s in spelled]
 
 
 def test_the_output_layer_is_the_embedding(vocabularies):
