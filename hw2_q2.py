@@ -35,7 +35,7 @@ RUN_OPTIONS = (
 )  # fmt: skip
 # Those that came later; in a run's name and record only where not the default, so that the runs
 # made before keep their names.
-LATER_OPTIONS = {"convs": 1, "precision": "float32"}
+LATER_OPTIONS = {"convs": 1}
 
 
 def parse_options(argv=None):
@@ -71,9 +71,6 @@ def make_parser():
     kernel = f"in pixels; {SIZE}: one convolution over the whole picture instead of three blocks"
     add("-kernel_size", type=int, choices=(*range(1, 12, 2), SIZE), default=3, help=kernel)
     add("-convs", type=utils.number(int, 1, 4), default=1, help="convolutions a block")
-    precision = "of the convolutions' products; bfloat16 is faster where the processor has it"
-    choices = ("float32", "bfloat16")
-    add("-precision", choices=choices, default="float32", help=precision)
 
     add = parser.add_argument_group("pictures").add_argument
     where = "an .npz file (default: data/intel_landscapes.v2.npz, or else a built-in sample)"
@@ -129,27 +126,21 @@ class ConvBlock(nn.Module):
     """Convolution -> [batch norm] -> ReLU -> pooling -> dropout.
 
     (B, C_in, H, W) -> (B, C_out, H', W'), H' = H / 2, or H where `pool` is 'none'. Batch norm:
-    Ioffe and Szegedy 2015, section 3.2 (before the nonlinearity). precision: 'bfloat16' multiplies
-    numbers of 8 bits' precision, sums them in float32, and rounds the sums to 8 bits again.
+    Ioffe and Szegedy 2015, section 3.2 (before the nonlinearity).
     """
 
-    def __init__(
-        self, in_channels, out_channels, kernel_size, batch_norm, pool, dropout, precision="float32"
-    ):
+    def __init__(self, in_channels, out_channels, kernel_size, batch_norm, pool, dropout):
         super().__init__()
         stride = 2 if pool == "stride" else 1
         padding = kernel_size // 2 if kernel_size % 2 else 0
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
-        self.bfloat16 = precision == "bfloat16"
         self.norm = nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity()
         pools = {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2)}
         self.pool = pools.get(pool, nn.Identity())
         self.dropout = utils.Dropout(dropout)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            x = self.conv(x)
-        x = self.norm(x.float() if self.bfloat16 else x)
+        x = self.norm(self.conv(x))
         if isinstance(self.pool, nn.MaxPool2d):  # ReLU second: the same on a quarter of the values
             return self.dropout(F.relu(self.pool(x)))
         return self.dropout(self.pool(F.relu(x)))
@@ -198,7 +189,7 @@ class CNN(nn.Module):
 
     def __init__(
         self, batch_norm=True, head="gap", pool="max", kernel_size=3, dropout=0.1, convs=1,
-        precision="float32", channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
+        channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
     ):  # fmt: skip
         super().__init__()
         if kernel_size == SIZE:
@@ -208,7 +199,7 @@ class CNN(nn.Module):
             for i in range(convs):
                 last = (pool, dropout) if i == convs - 1 else ("none", 0.0)
                 shape = c_in if i == 0 else c_out, c_out, kernel_size
-                blocks.append(ConvBlock(*shape, batch_norm, *last, precision))
+                blocks.append(ConvBlock(*shape, batch_norm, *last))
         self.convs = nn.Sequential(*blocks)
         self.gap = nn.AdaptiveAvgPool2d(1) if head == "gap" else nn.Identity()
         self.fc1 = WideLinear(self._features(channels[0]), fc1_out_dim)
@@ -238,7 +229,7 @@ def build_model(options):
     """The network that the options (a namespace or a record's dictionary) describe."""
     options = options if isinstance(options, dict) else vars(options)
     options = LATER_OPTIONS | options
-    names = ("batch_norm", "head", "pool", "kernel_size", "dropout", "convs", "precision")
+    names = ("batch_norm", "head", "pool", "kernel_size", "dropout", "convs")
     return CNN(**{name: options[name] for name in names}).to(memory_format=torch.channels_last)
 
 
@@ -347,15 +338,13 @@ def train_epoch(step, totals, images, labels, batch_size):
     """One pass in random order. Returns its mean loss (nats) and its accuracy (0..1), both of the
     network as it was at each batch, dropout included."""
     order = torch.randperm(len(labels), device=labels.device)
-    images, labels = images[order], labels[order]
     full, rest = divmod(len(labels), batch_size)
     sizes = [batch_size] * full + [rest] * (rest > 0)
     if rest == 1 and full:
         sizes[-2:] = [batch_size + 1]  # batch norm cannot train on a batch of one picture
     totals.zero_()
-    batches = zip(images.split(sizes), labels.split(sizes))
-    for batch in tqdm(batches, total=len(sizes), unit="batch", leave=False, disable=None):
-        step(*batch)
+    for rows in tqdm(order.split(sizes), unit="batch", leave=False, disable=None):
+        step(images[rows], labels[rows])
     loss, accuracy = (totals / len(labels)).tolist()
     return loss, accuracy
 
@@ -396,11 +385,11 @@ def size_accuracies(model, images, labels, sizes=(32, 48, 64, 96)):
     """{size: accuracy} on pictures resized to size x size pixels, antialiased."""
     accuracies = {}
     for size in sizes:
-        shape = {"size": (size, size), "mode": "bilinear", "antialias": True}
-        resized = [
-            F.interpolate(batch.float(), **shape).round().byte() for batch in images.split(64)
-        ]
-        accuracies[str(size)] = evaluate(model, torch.cat(resized), labels)["accuracy"]
+        shape, correct = {"size": (size, size), "mode": "bilinear", "antialias": True}, 0
+        for batch, truth in zip(images.split(64), labels.cpu().split(64)):
+            resized = F.interpolate(batch.float(), **shape).round()
+            correct += (predict(model, resized).argmax(1) == truth).sum().item()
+        accuracies[str(size)] = correct / len(labels)
     return accuracies
 
 

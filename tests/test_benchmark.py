@@ -1,5 +1,8 @@
 """The benchmark runs; how fast is its own affair."""
 
+import json
+
+import utils
 from tests import benchmark
 
 
@@ -26,3 +29,12 @@ def test_the_limit_by_hand():
     assert abs(benchmark.limit_of_step(fast, True) - (1 + sizes / 1e6)) < 1e-9
     slow = machine | {"product_flop_per_s": 4.8e6}
     assert abs(benchmark.limit_of_step(slow, True) - (1 + sizes / 1e5)) < 1e-9
+
+
+def test_the_readme_says_what_was_measured():
+    results = json.loads((utils.ROOT / "figures" / "benchmark.json").read_text())
+    lines = (utils.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for row in benchmark.readme_table(results):
+        assert row in lines
+    machine = results["machine"]
+    assert f"{machine['processor']}, torch {machine['torch']}" in " ".join(lines)
