@@ -5,24 +5,28 @@
     python hw2_q2.py -count_params                         the parameters of both, layer by layer
     python hw2_q2.py -predict beach.jpg holiday/           classify your own pictures
 
-options | model | training | figures | prediction | main
+options | model | training | figures | report | prediction | main
 """
 
 import json
 import math
+import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 import utils
+from data import sample
 from utils import CLASSES, SIZE, UserError
 
-RECIPE = 1  # raised when a change alters the results of a run
+QUESTION, RECIPE = "q2", 1  # the latter raised when a change alters the results of a run
 DATA_PATH = utils.ROOT / "data" / "intel_landscapes.v2.npz"
 
 # ----------------------------------------------------------------------------------------------
@@ -78,6 +82,7 @@ def make_parser():
     scramble = "reorder the pixels as the course's loader did by mistake"
     add("-scramble_pixels", action="store_true", help=scramble)
     utils.add_machine_options(parser, "-")
+    utils.add_report_options(parser, "-")
 
     add = parser.add_argument_group("instead of training").add_argument
     add("-count_params", action="store_true", help="print both networks' parameters, by layer")
@@ -107,6 +112,12 @@ def _settle(parser, options):
     if options.predict is None and (options.checkpoint or options.json):
         parser.error("-checkpoint and -json go with -predict")
     return options
+
+
+def run_options(options):
+    """Those of a namespace that can change a run's result, as a dictionary."""
+    later = [name for name, default in LATER_OPTIONS.items() if getattr(options, name) != default]
+    return {name: getattr(options, name) for name in (*RUN_OPTIONS, *later)}
 
 
 def command(options):
@@ -266,25 +277,36 @@ def parameter_table(model):
     return rows
 
 
+NETWORKS = ("Plain", False, "flatten"), ("Batch norm + global average pooling", True, "gap")
+
+
 def print_parameters(options):
     """Print both networks' tables and, for the report's networks, how it came to its totals."""
-    tables = {}
-    networks = ("Plain", False, "flatten"), ("Batch norm + global average pooling", True, "gap")
-    for title, norm, head in networks:
+    for title, norm, head in NETWORKS:
         rows = parameter_table(build_model(vars(options) | {"batch_norm": norm, "head": head}))
-        tables[norm] = {name: count for name, _, _, count in rows}
         print(f"{title} network\n{'layer':14}{'output shape':16}{'formula':26}{'parameters':>10}")
         for name, shape, formula, count in rows:
             print(f"{name:14}{' x '.join(map(str, shape)):16}{formula:26}{count:10,}")
-        print(f"{'trainable parameters':56}{sum(tables[norm].values()):10,}\n")
-    if options.pool == "max" and options.kernel_size == 3:
-        plain, variant = sum(tables[False].values()), sum(tables[True].values())
-        output = tables[True]["fc3"]
-        norms = sum(count for name, count in tables[True].items() if "norm" in name)
-        without = f"without the output layer's {output:,}"
-        print(f"The report's {variant - output:,} is {variant:,} {without}.")
-        print(f"The report's {plain + norms - output:,} is {plain:,} {without} and with {norms:,}")
-        print("batch-norm parameters that the plain network does not have.")
+        print(f"{'trainable parameters':56}{sum(row[-1] for row in rows):10,}\n")
+    if (options.pool, options.kernel_size, options.convs) == ("max", 3, 1):
+        print("\n".join(textwrap.wrap(explain_totals(), 100)))
+
+
+def explain_totals():
+    """How the original report came to its two totals of parameters."""
+    plain, variant = (
+        {name: count for name, _, _, count in parameter_table(CNN(batch_norm=norm, head=head))}
+        for _, norm, head in NETWORKS
+    )
+    output, norms = variant["fc3"], sum(n for name, n in variant.items() if "norm" in name)
+    totals = sum(plain.values()), sum(variant.values())
+    without = f"without the output layer's {output:,}"
+    wrong = totals[0] + norms - output
+    return (
+        f"The report's {totals[1] - output:,} is {totals[1]:,} {without}. "
+        f"The report's {wrong:,} is {totals[0]:,} {without} and with {norms:,} "
+        "batch-norm parameters that the plain network does not have."
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -374,9 +396,12 @@ def moved_accuracies(model, images, labels, most=4):
     places = torch.arange(SIZE, device=images.device)
     accuracies = [evaluate(model, images, labels)["accuracy"]]
     for distance in range(1, most + 1):
-        rows = [(places + step).clamp(0, SIZE - 1) for step in (-distance, distance)]
-        moved = [images[:, :, row] for row in rows] + [images[:, :, :, row] for row in rows]
-        scores = [evaluate(model, pictures, labels)["accuracy"] for pictures in moved]
+        scores = []
+        for step in (-distance, distance):
+            rows = (places + step).clamp(0, SIZE - 1)
+            for dimension in (2, 3):
+                moved = images.index_select(dimension, rows)
+                scores.append(evaluate(model, moved, labels)["accuracy"])
         accuracies.append(sum(scores) / len(scores))
     return accuracies
 
@@ -386,7 +411,7 @@ def size_accuracies(model, images, labels, sizes=(32, 48, 64, 96)):
     accuracies = {}
     for size in sizes:
         shape, correct = {"size": (size, size), "mode": "bilinear", "antialias": True}, 0
-        for batch, truth in zip(images.split(64), labels.cpu().split(64)):
+        for batch, truth in zip(images.split(16), labels.cpu().split(16)):  # the maps are large
             resized = F.interpolate(batch.float(), **shape).round()
             correct += (predict(model, resized).argmax(1) == truth).sum().item()
         accuracies[str(size)] = correct / len(labels)
@@ -490,15 +515,12 @@ def load_data(options):
         "No photographs found: training on the built-in SAMPLE of drawn landscapes.\n"
         "  To get the photographs: python -m data.prepare_landscapes --download"
     )
-    from data.sample import draw_landscapes
-
-    return draw_landscapes()
+    return sample.draw_landscapes()
 
 
 def make_run(options, data):
     """The utils.Run of these options on these data."""
-    later = [name for name, default in LATER_OPTIONS.items() if getattr(options, name) != default]
-    config = utils.run_config("q2", RECIPE, options, (*RUN_OPTIONS, *later), data)
+    config = utils.run_config(QUESTION, RECIPE, run_options(options), data)
     norm = "bn" if options.batch_norm else "plain"
     scrambled = "-scrambled" if options.scramble_pixels else ""
     what = f"q2-{norm}-{options.head}-lr{options.learning_rate:g}{scrambled}"
@@ -530,8 +552,8 @@ def run_title(config):
     norm = "batch norm" if options["batch_norm"] else "no batch norm"
     head = {"gap": "global average pooling", "flatten": "flattened head"}[options["head"]]
     scrambled = ", scrambled pixels" if options["scramble_pixels"] else ""
-    sample = "\n(built-in sample, not photographs)" if config["data"]["name"] == "sample" else ""
-    return f"{norm}, {head}, lr = {options['learning_rate']:g}{scrambled}{sample}"
+    note = "\n(built-in sample, not photographs)" if config["data"]["name"] == "sample" else ""
+    return f"{norm}, {head}, lr = {options['learning_rate']:g}{scrambled}{note}"
 
 
 def draw_confusion(path, title, confusion):
@@ -568,6 +590,339 @@ def draw_pictures(path, title, images, labels, predicted):
     legend = "above each test picture its true class, in red where the prediction is another"
     fig.suptitle(f"{title}\n{legend}", fontsize=8)
     utils.save_figure(path, fig)
+
+
+# ----------------------------------------------------------------------------------------------
+# report
+
+PLACES = "device", "threads", "output_dir", "data_path", "restart", "jobs", "scheduler"
+SHORT = "-learning_rate 0.01 -epochs 10"
+SYSTEMS = (
+    utils.System("plain, rate 0.1", "-no_batch_norm -learning_rate 0.1"),
+    utils.System("plain, rate 0.01", "-no_batch_norm -learning_rate 0.01"),
+    utils.System("plain, rate 0.001", "-no_batch_norm -learning_rate 0.001"),
+    utils.System("batch norm + pooling", "-learning_rate 0.01"),
+    utils.System("plain, scrambled", "-no_batch_norm -scramble_pixels", 2),
+    utils.System("batch norm + pooling, scrambled", "-scramble_pixels", 2),
+    utils.System("batch norm, flattened", "-head flatten", 2, "all"),
+    utils.System("pooling without batch norm", "-no_batch_norm -head gap", 2, "all"),
+    utils.System("plain, dropout 0.3", "-no_batch_norm -dropout 0.3", 2, "all"),
+    utils.System("plain, weight decay 0.0005", "-no_batch_norm -l2_decay 0.0005", 2, "all"),
+    utils.System("kernels 3x3", SHORT, 2, "all"),
+    utils.System("kernels 5x5", f"{SHORT} -kernel_size 5", 2, "all"),
+    utils.System("kernels 7x7", f"{SHORT} -kernel_size 7", 2, "all"),
+    utils.System("two 3x3 a block", f"{SHORT} -convs 2", 2, "all"),
+    utils.System("one 48x48", f"{SHORT} -kernel_size 48", 2, "all"),
+    utils.System("average pooling", f"{SHORT} -pool avg", 2, "all"),
+    utils.System("strided convolutions", f"{SHORT} -pool stride", 2, "all"),
+    utils.System("no pooling", f"{SHORT} -pool none", 2, "all"),
+)
+# The original report's validation and test accuracy.
+REPORTED = {
+    "plain, rate 0.1": (0.5684, 0.5743),
+    "plain, rate 0.01": (0.7293, 0.6970),
+    "plain, rate 0.001": (0.5798, 0.5743),
+    "batch norm + pooling": (0.7528, 0.7460),
+    "plain, scrambled": (0.7293, 0.6970),
+    "batch norm + pooling, scrambled": (0.7528, 0.7460),
+}
+RATES = "plain, rate 0.1", "plain, rate 0.01", "plain, rate 0.001"
+BEST_PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
+CHANGES = BEST_PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
+REGULARISED = BEST_PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", VARIANT
+KERNELS = "kernels 3x3", "kernels 5x5", "kernels 7x7", "two 3x3 a block", "one 48x48"
+POOLS = "kernels 3x3", "average pooling", "strided convolutions", "no pooling"
+LATE = 10  # epochs, whose mean says more than the last one alone
+
+
+def report_parts(records, folder, ending):
+    """The fields of this question's part of the report; draws its figures into `folder`.
+
+    records: {label: list of run records}, empty where a system was not trained.
+    """
+    curves = {"train_loss": "Training loss (nats)", "val_accuracy": "Validation accuracy"}
+    drawn = {
+        "rates": draw_bands(records, RATES, curves),
+        "variant": draw_bands(records, (BEST_PLAIN, VARIANT), curves),
+        "changes": draw_bands(records, CHANGES, {"val_accuracy": "Validation accuracy"}),
+        "overfitting": draw_overfitting(records),
+        "moved": draw_moved(records),
+        "scrambled": draw_scrambled(records),
+        "running-mean": draw_running_mean(records[BEST_PLAIN]),
+    }
+    fields = {}
+    for name, fig in drawn.items():
+        if fig is not None:
+            file = f"q2-{name}.{ending}"
+            utils.save_figure(folder / file, fig)
+            fields[f"figure {name}"] = f"![{name.replace('-', ' ')}]({file})"
+        else:
+            fields[f"figure {name}"] = NOT_TRAINED
+    rates = [label for label in RATES if records[label]]
+    best = max(rates, key=lambda label: statistics.mean(map(late, records[label])), default="–")
+    return fields | {
+        "table rates": accuracy_table(records, RATES),
+        "best rate": best.rpartition(" ")[2],
+        "table variant": accuracy_table(records, (BEST_PLAIN, VARIANT)),
+        "table parameters": "\n\n".join(parameter_markdown(*network) for network in NETWORKS),
+        "table size": size_table(records),
+        "table changes": gap_table(records, CHANGES),
+        "table overfitting": gap_table(records, REGULARISED),
+        "table kernels": kernel_table(records, KERNELS),
+        "table pools": kernel_table(records, POOLS),
+        "table sizes": sizes_table(records),
+        "table scrambled": accuracy_table(
+            records, ("plain, scrambled", BEST_PLAIN, "batch norm + pooling, scrambled", VARIANT)
+        ),
+        "totals": explain_totals(),
+        "machines": utils.machines(r for runs in records.values() for r in runs),
+    }
+
+
+NOT_TRAINED = "*(not trained yet: `python hw2_q2.py -report all`)*"
+
+
+def with_scores(records):
+    """Those that did not diverge."""
+    return [record for record in records if "final" in record]
+
+
+def late(record):
+    """Mean validation accuracy over the last quarter of the epochs."""
+    values = record["history"]["val_accuracy"]
+    return statistics.mean(values[-math.ceil(len(values) / 4) :])
+
+
+def accuracy(records, split):
+    """The last epoch's accuracies on a split, a number a run."""
+    return [record["final"][split]["accuracy"] for record in with_scores(records)]
+
+
+def draw_accuracy(record, random):
+    """The test accuracy of a run on as many test pictures, drawn from them with replacement."""
+    confusion = torch.tensor(record["final"]["test"]["confusion"])
+    count = int(confusion.sum())
+    return random.binomial(count, int(confusion.trace()) / count) / count
+
+
+def accuracy_table(records, labels):
+    """The report's accuracies beside ours, and whether its test accuracy could be one of ours."""
+    rows = []
+    for label in labels:
+        runs, reported = with_scores(records[label]), REPORTED.get(label)
+        if not runs:
+            continue
+        low, high = utils.interval(draw_accuracy, runs)
+        diverged = len(records[label]) - len(runs)
+        rows.append(
+            [
+                label,
+                " / ".join(f"{x:.4f}" for x in reported) if reported else "–",
+                f"{utils.mean_sd(accuracy(runs, 'val'))} / {utils.mean_sd(accuracy(runs, 'test'))}",
+                utils.mean_sd([late(run) for run in runs]),
+                f"{len(runs)}" + (f" (+ {diverged} diverged)" if diverged else ""),
+                f"{low:.3f} to {high:.3f}",
+                {True: "yes", False: "no"}[low <= reported[1] <= high] if reported else "–",
+            ]
+        )
+    head = "network", "report: validation / test", "here, last epoch: validation / test"
+    head += "validation, last quarter", "runs", "95 % of single runs, test", "report inside?"
+    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+
+
+def size_table(records):
+    """Accuracy, convergence and time against parameters."""
+    rows = []
+    for label in CHANGES:
+        if runs := with_scores(records[label]):
+            first = [
+                next((i for i, x in enumerate(r["history"]["val_accuracy"], 1) if x >= 0.75), None)
+                for r in runs
+            ]
+            seconds = [statistics.median(r["measured"]["seconds"]) for r in runs]
+            rows.append(
+                [
+                    label,
+                    f"{runs[0]['parameters']:,}",
+                    utils.mean_sd([late(run) for run in runs]),
+                    ", ".join("never" if n is None else str(n) for n in first),
+                    f"{statistics.mean(seconds):.0f}",
+                ]
+            )
+    head = (
+        "network",
+        "parameters",
+        "validation, last quarter",
+        "first epoch at .75",
+        "seconds an epoch",
+    )
+    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+
+
+def gap_table(records, labels):
+    """Accuracies on training, validation and test pictures and the gap between the first two."""
+    rows = []
+    for label in labels:
+        if runs := with_scores(records[label]):
+            train, val = accuracy(runs, "train"), accuracy(runs, "val")
+            gap = [a - b for a, b in zip(train, val)]
+            columns = train, val, accuracy(runs, "test"), gap, [late(run) for run in runs]
+            rows.append([label, *map(utils.mean_sd, columns), len(runs)])
+    head = "network", "training", "validation", "test", "training - validation"
+    head += "validation, last quarter", "runs"
+    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+
+
+def receptive_field(model):
+    """Pixels across that a position of the last convolution's map depends on, and the
+    multiply-adds of one picture's way through the network."""
+    field, jump, products = 1, 1, 0
+    for block in model.convs:
+        field += (block.conv.kernel_size[0] - 1) * jump
+        jump *= block.conv.stride[0]
+        if isinstance(block.pool, (nn.MaxPool2d, nn.AvgPool2d)):
+            jump *= 2
+    layers = dict(model.named_modules())
+    for name, shape, _, _ in parameter_table(model):
+        layer = layers[name]
+        if isinstance(layer, nn.Conv2d):
+            products += layer.weight[0].numel() * math.prod(shape)
+        elif isinstance(layer, nn.Linear):
+            products += layer.weight.numel()
+    return field, products
+
+
+def kernel_table(records, labels):
+    """What each kind of kernel or pooling costs and gives."""
+    rows = []
+    for label in labels:
+        if runs := with_scores(records[label]):
+            model = build_model(runs[0]["config"]["options"])
+            field, products = receptive_field(model)
+            seconds = [statistics.median(r["measured"]["seconds"]) for r in runs]
+            rows.append(
+                [
+                    label,
+                    f"{field} x {field}",
+                    f"{runs[0]['parameters']:,}",
+                    f"{products / 1e6:.1f}",
+                    f"{statistics.mean(seconds):.0f}",
+                    utils.mean_sd([late(run) for run in runs]),
+                    utils.mean_sd(accuracy(runs, "test")),
+                    len(runs),
+                ]
+            )
+    head = "convolutions", "receptive field", "parameters", "multiply-adds (millions)"
+    head += "seconds an epoch", "validation, last quarter", "test, last epoch", "runs"
+    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+
+
+def sizes_table(records):
+    """Test accuracy of pooled networks on pictures of other sizes than they were trained on."""
+    rows, sizes = [], []
+    for label in POOLS:
+        runs = [r["final"]["test"]["sizes"] for r in with_scores(records[label])]
+        if runs:
+            sizes = list(runs[0])
+            rows.append([label, *(utils.mean_sd([run[size] for run in runs]) for size in sizes)])
+    head = ["network", *(f"{size} pixels" for size in sizes)]
+    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+
+
+def parameter_markdown(title, norm, head):
+    """A network's parameters, layer by layer."""
+    model = CNN(batch_norm=norm, head=head)
+    rows = [
+        [name, " x ".join(map(str, shape)), formula, f"{count:,}"]
+        for name, shape, formula, count in parameter_table(model)
+    ]
+    rows.append(["**all**", "", "", f"**{count_parameters(model):,}**"])
+    table = utils.markdown_table(["layer", "output", "formula", "parameters"], rows)
+    return f"{title} network:\n\n{table}"
+
+
+def draw_bands(records, labels, curves):
+    """A figure with a panel for each of {column: axis label} over epochs, or None without runs."""
+    labels = [label for label in labels if records[label]]
+    if not labels:
+        return None
+    fig, panels = utils.figure(3.5 * len(curves), 2.9, 1, len(curves), squeeze=False)
+    for axes, (column, title) in zip(panels[0], curves.items()):
+        for label, color in zip(labels, utils.COLORS):
+            runs = [record["history"][column] for record in records[label]]
+            utils.plot_bands(axes, runs, color, utils.with_seeds(label, runs))
+        axes.set(xlabel="Epoch", ylabel=title)
+        if column == "train_loss":  # a run that explodes would leave the others no room
+            axes.set_ylim(0, 2)
+    panels[0][-1].legend(loc="lower right", fontsize=7)
+    return fig
+
+
+def draw_overfitting(records):
+    """Training and validation accuracy of the plain network, regularised and not, and variant."""
+    labels = [label for label in REGULARISED if records[label]]
+    if not labels:
+        return None
+    fig, panels = utils.figure(1.9 * len(labels), 2.6, 1, len(labels), sharey=True, squeeze=False)
+    for axes, label in zip(panels[0], labels):
+        histories = [record["history"] for record in records[label]]
+        for column, color in (("train_accuracy", utils.VERMILION), ("val_accuracy", utils.BLUE)):
+            name = {"train_accuracy": "training", "val_accuracy": "validation"}[column]
+            utils.plot_bands(axes, [history[column] for history in histories], color, name)
+        axes.set(title=label, xlabel="Epoch")
+    panels[0][0].set_ylabel("Accuracy")
+    panels[0][0].legend(loc="lower right", fontsize=7)
+    return fig
+
+
+def draw_moved(records):
+    """Test accuracy against how far the pictures were moved."""
+    labels = [label for label in (*POOLS, "one 48x48") if with_scores(records[label])]
+    if not labels:
+        return None
+    fig, axes = utils.figure()
+    for label, color in zip(labels, utils.COLORS):
+        runs = [record["final"]["test"]["moved"] for record in with_scores(records[label])]
+        steps = range(len(runs[0]))
+        axes.plot(steps, [statistics.mean(x) for x in zip(*runs)], ".-", color=color, label=label)
+    axes.set(xlabel="Test pictures moved by (pixels)", ylabel="Test accuracy")
+    axes.legend(fontsize=7)
+    return fig
+
+
+def draw_scrambled(records):
+    """A drawn picture as it is and as the course's loader passed it on; accuracies with both."""
+    labels = BEST_PLAIN, "plain, scrambled", VARIANT, "batch norm + pooling, scrambled"
+    labels = [label for label in labels if records[label]]
+    fig, (left, middle, right) = utils.figure(7.0, 2.9, 1, 3, width_ratios=(1, 1, 2))
+    picture = torch.from_numpy(sample.draw_landscape("mountain", np.random.default_rng(1)))
+    scrambled = scramble_pixels(picture.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
+    for axes, image, title in ((left, picture, "a picture"), (middle, scrambled, "scrambled")):
+        axes.imshow(image.numpy(), interpolation="nearest")
+        axes.set_title(title)
+        axes.axis("off")
+    for label, color in zip(
+        labels, (utils.COLORS[0], utils.COLORS[4], utils.COLORS[2], utils.COLORS[1])
+    ):
+        runs = [record["history"]["val_accuracy"] for record in records[label]]
+        utils.plot_bands(right, runs, color, label)
+    right.set(xlabel="Epoch", ylabel="Validation accuracy")
+    right.legend(loc="lower right", fontsize=7)
+    return fig
+
+
+def draw_running_mean(records):
+    """Each epoch's own training loss, and the mean since the first epoch, as the report had it."""
+    if not records:
+        return None
+    fig, axes = utils.figure()
+    own = [record["history"]["train_loss"] for record in records]
+    running = [(np.cumsum(run) / np.arange(1, len(run) + 1)).tolist() for run in own]
+    utils.plot_bands(axes, running, utils.VERMILION, "mean since the first epoch (report)")
+    utils.plot_bands(axes, own, utils.BLUE, "each epoch's own")
+    axes.set(xlabel="Epoch", ylabel="Training loss (nats)", ylim=(0, None))
+    axes.legend()
+    return fig
 
 
 # ----------------------------------------------------------------------------------------------
@@ -617,11 +972,9 @@ def classify(options):
         images = scramble_pixels(images)
     rows = predict(model, images.to(device)).exp().tolist()
 
-    sample = (
-        ", trained on the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else ""
-    )
+    note = ", trained on the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else ""
     accuracy = saved["history"]["val_accuracy"][-1]
-    print(f"Network: {path} (validation accuracy {accuracy:.4f}{sample})", file=sys.stderr)
+    print(f"Network: {path} (validation accuracy {accuracy:.4f}{note})", file=sys.stderr)
     answers = [
         {
             "picture": str(picture),
@@ -651,6 +1004,8 @@ def main(argv=None):
         print_parameters(options)
     elif options.predict:
         classify(options)
+    elif options.report:
+        utils.write_report(sys.modules[__name__], options)
     elif len(several := utils.each(options, "learning_rate", "seed")) > 1:
         train_many(several)
     else:

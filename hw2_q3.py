@@ -5,7 +5,8 @@
     python hw2_q3.py test --use_attn --beam_size 5 test the trained model, with beam search
     python hw2_q3.py spell "h ə l oʊ" "w ɝ l d"    spell your own IPA
 
-options | symbols and batches | model | decoding | scores | training | figures | spelling | main
+options | symbols and batches | model | decoding | scores | training | figures | report | spelling |
+main
 """
 
 import math
@@ -16,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rapidfuzz.distance import Levenshtein
@@ -26,7 +28,7 @@ from tqdm import tqdm
 import utils
 from utils import UserError
 
-RECIPE = 2  # raised when a change alters the results of a run
+QUESTION, RECIPE = "q3", 2  # the latter raised when a change alters the results of a run
 DATA_DIR = utils.ROOT / "data"
 
 # ----------------------------------------------------------------------------------------------
@@ -78,6 +80,7 @@ def make_parser():
     file = "for spell: a file with IPA on each line, or - for standard input"
     add("--input", metavar="FILE", help=file)
     utils.add_machine_options(parser, "--")
+    utils.add_report_options(parser, "--")
     return parser
 
 
@@ -95,6 +98,11 @@ def _settle(parser, options):
     if options.ipa and options.input:
         parser.error("give IPA either as arguments or by --input")
     return options
+
+
+def run_options(options):
+    """Those of a namespace that can change a training's result, as a dictionary."""
+    return {name: getattr(options, name) for name in RUN_OPTIONS}
 
 
 def command(options):
@@ -636,7 +644,7 @@ def audit(data):
 
 def make_run(options, data):
     """The utils.Run of these options on these data."""
-    config = utils.run_config("q3", RECIPE, options, RUN_OPTIONS, data)
+    config = utils.run_config(QUESTION, RECIPE, run_options(options), data)
     title = f"q3-{'attn' if options.use_attn else 'plain'}-lr{options.lr:g}-seed{options.seed}"
     return utils.Run(f"{title}-{data.name}", config, options.output_dir, checkpoint_file(options))
 
@@ -813,7 +821,12 @@ def draw_wer_at_k(path, record):
 
 
 def draw_attention(path, record):
-    """Draw where the model looks (phonemes across) for each letter it writes (letters down)."""
+    """Write the figure of where the model looks."""
+    utils.save_figure(path, plot_attention(record))
+
+
+def plot_attention(record):
+    """Where the model looks (phonemes across) for each letter it writes (letters down)."""
     examples = record["final"]["attention"]
     fig, grid = utils.figure(5.6, 5.2, 2, math.ceil(len(examples) / 2), squeeze=False)
     for axes, example in zip(grid.flat, examples):
@@ -825,7 +838,183 @@ def draw_attention(path, record):
     fig.supylabel("Letters written", fontsize=9)
     fig.suptitle(run_title(record["config"]), fontsize=9)
     fig.colorbar(image, ax=grid, label="Attention weight", shrink=0.7)
-    utils.save_figure(path, fig)
+    return fig
+
+
+# ----------------------------------------------------------------------------------------------
+# report
+
+PLACES = "device", "threads", "output_dir", "data_dir", "restart", "jobs", "scheduler"
+PLAIN, ATTENTION = "no attention", "attention"
+SYSTEMS = utils.System(PLAIN, ""), utils.System(ATTENTION, "--use_attn")
+# The original report's rows: (system, way of spelling) -> test CER, WER, WER@3.
+REPORTED = {
+    (PLAIN, "greedy"): (0.4354, 0.9040, None),
+    (ATTENTION, "greedy"): (0.2677, 0.8090, None),
+    (ATTENTION, "nucleus"): (0.3139, 0.8550, 0.7550),
+    (ATTENTION, "beam"): (None, None, None),
+}
+REPORTED_EXAMPLES = {
+    "remainder": "remainder, remender",
+    "misperception": "mesperception, misperception",
+    "crudités": "cruditai, croudite, cruditay",
+    "slogger": "slogger, slogar",
+    "Jingchuan": "gingoen, ginglwan, jinguan",
+    "scare": "scaur, skeer, skear",
+    "glossal": "glossal, gloسل, glosal",
+    "touchedness": "tutudenis, tutuddice, tutuddecis",
+    "alkaloses": "alcoloses, alcoholoses, alcolosies",
+    "companions": "companuns, companions",
+}
+NOT_TRAINED = "*(not trained yet: `python hw2_q3.py --report`)*"
+
+
+def report_parts(records, folder, ending):
+    """The fields of this question's part of the report; draws its figures into `folder`.
+
+    records: {label: list of run records}, empty where a system was not trained.
+    """
+    scored = {label: [r for r in runs if "final" in r] for label, runs in records.items()}
+    first = scored[ATTENTION][:1]
+    drawn = {
+        "cer": draw_cer(records, [PLAIN]),
+        "cer-attention": draw_cer(records, [PLAIN, ATTENTION]),
+        "wer-at-k": draw_candidates(scored[ATTENTION]),
+        "attention": plot_attention(first[0]) if first else None,
+        "lengths": draw_lengths(scored),
+    }
+    fields = {}
+    for name, fig in drawn.items():
+        file = f"q3-{name}.{ending}"
+        if fig is not None:
+            utils.save_figure(folder / file, fig)
+        fields[f"figure {name}"] = f"![{name}]({file})" if fig is not None else NOT_TRAINED
+    return fields | {
+        "table plain": error_table(scored, [(PLAIN, "greedy")]),
+        "table attention": error_table(scored, [(PLAIN, "greedy"), (ATTENTION, "greedy")]),
+        "table nucleus": error_table(scored, [key for key in REPORTED if key[0] == ATTENTION]),
+        "table examples": example_table(first),
+        "table mistakes": mistake_table(scored[ATTENTION]),
+        "machines": utils.machines(r for runs in records.values() for r in runs),
+    }
+
+
+def draw_errors(way, measure):
+    """A function (run, random) -> the score of as many words, drawn with replacement."""
+
+    def draw(run, random):
+        final = run["final"]
+        rows = random.integers(len(final["lengths"]), size=len(final["lengths"]))
+        if measure == "cer":
+            distances, lengths = np.array(final[way]["distances"]), np.array(final["lengths"])
+            return distances[rows].sum() / lengths[rows].sum()
+        ranks, k = np.array(final[way]["ranks"])[rows], 1 if measure == "wer" else 3
+        return 1 - ((ranks >= 1) & (ranks <= k)).mean()
+
+    return draw
+
+
+def error_table(scored, keys):
+    """The report's error rates beside ours, and whether they could be those of one of our runs."""
+    rows = []
+    for label, way in keys:
+        runs = scored[label]
+        for measure, reported in zip(("cer", "wer", "wer@3"), REPORTED[label, way]):
+            if not runs or (measure == "wer@3" and way == "greedy"):
+                continue
+            low, high = utils.interval(draw_errors(way, measure), runs)
+            rows.append(
+                [
+                    f"{label}, {way_name(runs[0], way)}",
+                    measure.upper(),
+                    "–" if reported is None else f"{reported:.4f}",
+                    utils.mean_sd([run["final"][way][measure] for run in runs]),
+                    len(runs),
+                    f"{low:.3f} to {high:.3f}",
+                    "–" if reported is None else ("yes" if low <= reported <= high else "no"),
+                ]
+            )
+    head = "system", "measure", "report", "here", "runs", "95 % of single runs", "report inside?"
+    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+
+
+def way_name(run, way):
+    """How a record's words were spelled."""
+    final = run["final"]
+    names = {"nucleus": f"nucleus, p = {final['nucleus']['p']:g}"}
+    return names.get(way) or {"greedy": "greedy", "beam": f"beam of {final['beam']['size']}"}[way]
+
+
+def example_table(runs):
+    """The report's ten words: its spellings and ours."""
+    rows = [
+        [word, REPORTED_EXAMPLES.get(word, "–"), ", ".join(spellings)]
+        for run in runs
+        for word, spellings in run["final"]["examples"]
+    ]
+    return utils.markdown_table(["word", "report", "here"], rows) if rows else NOT_TRAINED
+
+
+def mistake_table(runs, most=12):
+    """The most frequent single edits, greedy, a thousand words, mean over runs."""
+    counts = Counter()
+    for run in runs:
+        for true, written, count in run["final"]["mistakes"]["common"]:
+            counts[true, written] += count / len(runs)
+    rows = [
+        [a or "(nothing)", b or "(nothing)", f"{n:.0f}"] for (a, b), n in counts.most_common(most)
+    ]
+    return utils.markdown_table(["should be", "written", "times"], rows) if rows else NOT_TRAINED
+
+
+def draw_cer(records, labels):
+    """Validation CER of every epoch, or None without runs."""
+    labels = [label for label in labels if records[label]]
+    if not labels:
+        return None
+    fig, axes = utils.figure()
+    for label, color in zip(labels, utils.COLORS):
+        runs = [record["history"]["val_cer"] for record in records[label]]
+        utils.plot_bands(axes, runs, color, utils.with_seeds(label, runs))
+    axes.set(xlabel="Epoch", ylabel="Validation CER", ylim=(0, None))
+    axes.legend()
+    return fig
+
+
+def draw_candidates(runs):
+    """WER@k against k, of nucleus sampling and of beam search, or None without runs."""
+    if not runs:
+        return None
+    fig, axes = utils.figure()
+    names = {"nucleus": way_name(runs[0], "nucleus"), "beam": f"beam of {MOST}"}
+    for (way, name), color in zip(names.items(), (utils.VERMILION, utils.BLUE)):
+        utils.plot_bands(axes, [run["final"]["curves"][way] for run in runs], color, name, ".")
+    axes.set_xticks(range(1, MOST + 1))
+    axes.set(xlabel="k candidates a word", ylabel="Test WER@k")
+    axes.legend()
+    return fig
+
+
+def draw_lengths(scored, longest=14):
+    """CER and WER, greedy, of test words by their length, or None without runs."""
+    labels = [label for label in scored if scored[label]]
+    if not labels:
+        return None
+    fig, panels = utils.figure(7.0, 2.9, 1, 2)
+    for label, color in zip(labels, utils.COLORS):
+        cers, wers = [], []
+        for run in scored[label]:
+            lengths = np.minimum(run["final"]["lengths"], longest)
+            distances = np.array(run["final"]["greedy"]["distances"])
+            groups = [lengths == n for n in range(3, longest + 1)]
+            cers.append([distances[g].sum() / max(1, lengths[g].sum()) for g in groups])
+            wers.append([(distances[g] > 0).mean() if g.any() else np.nan for g in groups])
+        for axes, values, name in zip(panels, (cers, wers), ("CER", "WER")):
+            steps = range(3, longest + 1)
+            axes.plot(steps, np.mean(values, 0), ".-", color=color, label=label)
+            axes.set(xlabel=f"Length of the word ({longest}: and longer)", ylabel=f"Test {name}")
+    panels[0].legend()
+    return fig
 
 
 # ----------------------------------------------------------------------------------------------
@@ -909,6 +1098,9 @@ def spell_lines(lines, speller, options):
 def main(argv=None):
     """Do what the command line asks for."""
     options = parse_options(argv)
+    if options.report:
+        utils.write_report(sys.modules[__name__], options)
+        return
     if len(several := utils.each(options, "lr", "seed")) > 1:
         train_many(several)
         return

@@ -1,13 +1,14 @@
 """What both questions share.
 
 errors, command line | seeding, devices | loading data | run records, checkpoints | running many
-runs | plotting
+runs | report | plotting
 """
 
 import argparse
 import contextlib
 import datetime
 import difflib
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -15,8 +16,10 @@ import math
 import os
 import pickle
 import platform
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,6 +28,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -539,12 +543,12 @@ class Run:
         return self.folder / "figures" / self.name
 
 
-def run_config(question, recipe, options, names, data):
-    """A `Run`'s config: the options called `names` of a namespace, and which data they met."""
+def run_config(question, recipe, options, data):
+    """A `Run`'s config: the options that count, a dictionary, and which data they met."""
     return {
         "question": question,
         "recipe": recipe,
-        "options": {name: getattr(options, name) for name in names},
+        "options": options,
         "data": {"name": data.name, "fingerprint": data.fingerprint},
     }
 
@@ -742,13 +746,19 @@ def make_tasks(script, parser, several, runs):
 def finished_record(run):
     """The record of a run that was trained to its end, be it that it diverged; None if there is
     none. A broken one is set aside, with a line that says so."""
-    try:
-        record = load_record(run.record) if run.record.exists() else {}
-    except UserError as error:
-        os.replace(run.record, run.record.with_suffix(".broken"))
-        print(f"{error}; set aside as {run.record.with_suffix('.broken').name}", file=sys.stderr)
-        record = {}
+    record = read_or_set_aside(run.record) if run.record.exists() else {}
     return record if {"final", "diverged_in_epoch"} & record.keys() else None
+
+
+def read_or_set_aside(path):
+    """A run record; a broken one is renamed, with a line that says so, and {} takes its place."""
+    try:
+        return load_record(path)
+    except UserError as error:
+        aside = path.with_suffix(".broken")
+        os.replace(path, aside)
+        print(f"{error}; set aside as {aside.name}", file=sys.stderr)
+        return {}
 
 
 def run_many(tasks, summary, options):
@@ -869,10 +879,180 @@ def _dask(address):
 
 
 # ----------------------------------------------------------------------------------------------
+# report
+
+REPORT_SEEDS = (42, 1, 2, 3, 4)
+TEMPLATE = ROOT / "figures" / "template.md"
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that the report trains: its label in tables and figures, the script's arguments,
+    over how many seeds, and whether the original report has it ('report') or not ('all')."""
+
+    label: str
+    arguments: str
+    seeds: int = 3
+    group: str = "report"
+
+
+def add_report_options(parser, dash):
+    """Add what both scripts ask about the report."""
+    add = parser.add_argument_group("report").add_argument
+    what = "train what is missing, then write this question's part of figures/README.md; all: train"
+    what += " also the systems that the original report does not have"
+    choices = {"nargs": "?", "const": "report", "choices": ("report", "all")}
+    add(f"{dash}report", help=what, **choices)
+    seeds = number(int, 1, len(REPORT_SEEDS))
+    add(f"{dash}n_seeds", type=seeds, metavar="N", help="seeds a system (default: 2 or 3)")
+    only = "train only systems whose label matches, such as '*pool*'"
+    add(f"{dash}only", metavar="GLOB", default="*", help=only)
+    dry = "only list what would be trained and how long it takes"
+    add(f"{dash}dry_run", action="store_true", help=dry)
+    formats = {"choices": ("png", "pdf", "svg"), "default": "png"}
+    add(f"{dash}figure_format", help="file format of the report's figures", **formats)
+
+
+def write_report(script, options):
+    """Train what is missing and write a question's part of the report.
+
+    script: the question's module; it has QUESTION, RECIPE, SYSTEMS, parse_options, make_parser,
+    run_options, make_run, load_data, summary, and report_parts, which makes of {label: records} the
+    fields of the template's part, drawing figures on the way.
+    """
+    folder = options.output_dir / "figures"
+    wanted, found = _wanted_runs(script, options), _read_records(folder / "runs", script.QUESTION)
+    missing = [several for key, several in wanted if key not in found]
+    if options.dry_run:
+        _list_missing(script, missing, found.values())
+        return
+    if missing:
+        _train_missing(script, missing, found, options)
+        found = _read_records(folder / "runs", script.QUESTION)
+    every = _wanted_runs(
+        script, argparse.Namespace(**vars(options) | {"report": "all", "only": "*"})
+    )
+    records = {system.label: [] for system in script.SYSTEMS}
+    for key, several in every:
+        if key in found:
+            records[several.label].append(found[key])
+    fields = script.report_parts(records, folder, options.figure_format)
+    write_part(folder / "README.md", script.QUESTION, fields)
+    print(f"Report: {folder / 'README.md'}")
+
+
+def _wanted_runs(script, options):
+    """A (key, options) for each run that the report wants."""
+    wanted = []
+    for system in script.SYSTEMS:
+        matches = fnmatch.fnmatchcase(system.label, options.only)
+        if matches and options.report in (system.group, "all"):
+            for seed in REPORT_SEEDS[: options.n_seeds or system.seeds]:
+                own = vars(script.parse_options(system.arguments.split()))
+                places = {name: getattr(options, name) for name in script.PLACES}
+                several = argparse.Namespace(**own | places, label=system.label)
+                several.seed = seed
+                wanted.append((_key(script.RECIPE, script.run_options(several)), several))
+    return wanted
+
+
+def _key(recipe, options):
+    return json.dumps([recipe, options], sort_keys=True)
+
+
+def _read_records(folder, question):
+    """{key: record} of a question's runs; those on built-in samples only if there are no others.
+    Broken ones are named and set aside."""
+    found = {True: {}, False: {}}
+    for path in sorted(folder.glob(f"{question}-*.json")):
+        record = read_or_set_aside(path)
+        if {"final", "diverged_in_epoch"} & record.keys():
+            config = record["config"]
+            is_sample = config["data"]["name"] == "sample"
+            found[is_sample][_key(config["recipe"], config["options"])] = record
+    return found[False] or found[True]
+
+
+def _list_missing(script, missing, records):
+    """Print the command of each missing run, and how long it takes by the records there are."""
+    epochs = [r["measured"]["seconds"] for r in records]
+    usual = statistics.median([statistics.median(seconds) for seconds in epochs if seconds] or [0])
+    hours = 0
+    for options in missing:
+        own = script.run_options(options)
+        hours += usual * (own.get("epochs") or own.get("n_epochs")) / 3600
+        print(script.command(own))
+    guess = f"; some {hours / len(cores()):.1f} hours on this machine" if usual else ""
+    print(f"{len(missing)} runs to train{guess}")
+
+
+def _train_missing(script, missing, found, options):
+    data = script.load_data(options)
+    known = {record["config"]["data"]["name"] for record in found.values()}
+    if data.name == "sample" and known - {"sample"}:
+        raise UserError(
+            f"{len(missing)} runs of the report are missing, and need the data of the others; "
+            "data/README.md says how to get them"
+        )
+    runs = [script.make_run(own, data) for own in missing]
+    run_many(
+        make_tasks(script.__file__, script.make_parser(), missing, runs), script.summary, options
+    )
+
+
+def write_part(path, part, fields):
+    """Write the report's `part`: the template's text between its markers, with {{name}} replaced by
+    fields[name]; all else in the file stays. A new file begins as the template, fields empty."""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.exists() else template
+    begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
+    source = template.split(begin)[1].split(end)[0]
+    filled = re.sub(r"{{(.*?)}}", lambda match: fields[match[1]], source)
+    before, _, rest = text.partition(begin)
+    if end not in rest:
+        raise UserError(f"{path}: has no {begin} ... {end}; delete it, and it is made anew")
+    text = before + begin + filled + end + rest.partition(end)[2]
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def markdown_table(head, rows):
+    """A Markdown table; its first column to the left, the others to the right."""
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def mean_sd(values, digits=3):
+    """'mean ± standard deviation' over seeds; the mean alone of one, a dash for none."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def machines(records):
+    """Sentences that say on what machines and with which versions the records were made."""
+    counts = Counter(
+        f"{m['cores']} cores of an {m['processor']}, {m['threads']} thread"
+        f"{'s' * (m['threads'] > 1)} a run, torch {m['torch']}, Python {m['python']}"
+        for m in (record["measured"] for record in records)
+    )
+    return "; ".join(f"{machine} ({n} runs)" for machine, n in sorted(counts.items()))
+
+
+def interval(draw, runs, repetitions=2000):
+    """The middle 95 % of a single run's score: draw(run, random) resamples the test items of a run
+    that is itself drawn from `runs`, the seeds (Efron and Tibshirani 1993, chapter 13)."""
+    random = np.random.default_rng(0)
+    scores = [draw(runs[random.integers(len(runs))], random) for _ in range(repetitions)]
+    return tuple(np.percentile(scores, [2.5, 97.5]).tolist())
+
+
+# ----------------------------------------------------------------------------------------------
 # plotting
 
 # Okabe and Ito's colours, distinct for colour-blind readers too.
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
+COLORS = BLUE, VERMILION, GREEN, PURPLE, ORANGE
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -884,6 +1064,7 @@ STYLE = {
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "savefig.dpi": 200,
+    "svg.hashsalt": "hw2",
 }
 
 
@@ -895,8 +1076,9 @@ def figure(width=4.2, height=2.9, rows=1, columns=1, **kwargs):
 
 
 def save_figure(path, fig):
-    """Write `fig` in the format that `path` ends with."""
-    write_file(path, fig.savefig)
+    """Write `fig` in the format that `path` ends with, without the date: the same bytes again."""
+    date = {".pdf": "CreationDate", ".svg": "Date"}.get(Path(path).suffix)
+    write_file(path, lambda file: fig.savefig(file, metadata={date: None} if date else None))
 
 
 def plot_curves(path, title, ylabel, curves):
@@ -911,3 +1093,19 @@ def plot_curves(path, title, ylabel, curves):
     if len(curves) > 1:
         axes.legend()
     save_figure(path, fig)
+
+
+def with_seeds(label, runs):
+    """A label that says over how many seeds."""
+    return f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+
+
+def plot_bands(axes, runs, color, label, marker=None):
+    """Plot lists of values, one a run, against 1, 2, ...: their mean, and a band from the least to
+    the greatest. A run may end early."""
+    longest = max(map(len, runs))
+    table = np.array([run + [np.nan] * (longest - len(run)) for run in runs])
+    steps = range(1, longest + 1)
+    axes.plot(steps, np.nanmean(table, 0), color=color, label=label, marker=marker)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.fill_between(steps, np.nanmin(table, 0), np.nanmax(table, 0), color=color, alpha=0.2, lw=0)

@@ -37,4 +37,8 @@ def test_the_readme_says_what_was_measured():
     for row in benchmark.readme_table(results):
         assert row in lines
     machine = results["machine"]
-    assert f"{machine['processor']}, torch {machine['torch']}" in " ".join(lines)
+    text = " ".join(lines)
+    assert (
+        f"{machine['cores']} cores of an {machine['processor']}, torch {machine['torch']}" in text
+    )
+    assert f"at most {max(results['memory'].values())} MiB" in text

@@ -568,6 +568,23 @@ def test_overfits_twenty_words(train, tmp_path):
     assert record["final"]["mistakes"] == {"kinds": {}, "common": []}
 
 
+def test_several_seeds_are_the_runs_one_by_one(folder, tmp_path, capsys):
+    words = f"--n_epochs 2 --hidden_size 8 --data_dir {folder} --output_dir {tmp_path}".split()
+    hw2_q3.main([*words, "--seed", "1", "2", "--jobs", "2", "--use_attn"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    alone = tmp_path / "alone"
+    argv = "--seed", "2", "--use_attn", "--threads", "1", "--output_dir", str(alone)
+    hw2_q3.main([*words, *argv])
+    [path] = (alone / "checkpoints").glob("*.pt")
+    pairs = []
+    for place in (tmp_path, alone):
+        record = utils.load_record(place / "figures" / "runs" / f"{path.stem}.json")
+        pairs.append((record, utils.load_checkpoint(place / "checkpoints" / path.name)))
+    assert_equal_runs(*pairs, parts=("model", "best"))
+    assert f"{path.stem}: {hw2_q3.summary(pairs[0][0])}" in lines
+
+
 @pytest.mark.parametrize("argv", [["--use_attn"], []], ids=["attention", "plain"])
 def test_output_record_and_figures_of_a_run(train, tmp_path, capsys, argv, words):
     record, saved = train(*argv, "--nucleus", "--beam_size", 4)

@@ -1,10 +1,16 @@
-"""The README's tables of results say what the run records say."""
+"""The README's tables say what the run records say; the report is made of the records alone."""
 
+import dataclasses
+import shutil
 import statistics
 
+import numpy as np
 import pytest
 
+import hw2_q2
+import hw2_q3
 import utils
+from utils import UserError
 
 README = (utils.ROOT / "README.md").read_text(encoding="utf-8")
 RECORDS = [utils.load_record(path) for path in sorted(utils.ROOT.glob("figures/runs/*.json"))]
@@ -83,12 +89,13 @@ def test_records_bear_the_names_of_their_runs():
         assert utils.Run(title, utils.load_record(path)["config"]).name == path.stem
 
 
-def test_the_readme_names_the_machine():
+def test_the_readme_names_the_machines():
     text = " ".join(README.split())
     for record in RECORDS:
         m = record["measured"]
-        assert f"{m['cores']} cores of an {m['processor']}" in text
-        assert f"torch {m['torch']}, Python {m['python']}" in text
+        assert f"{m['cores']} cores of an {m['processor']} with torch {m['torch']}" in text
+        assert f"one thread a run, Python {m['python']}" in text
+        assert m["threads"] == 1
 
 
 def test_records_hold_no_paths_and_can_be_repeated():
@@ -96,3 +103,156 @@ def test_records_hold_no_paths_and_can_be_repeated():
     for record in RECORDS:
         assert record["command"].startswith(f"python hw2_{record['config']['question']}.py")
         assert "/" not in "".join(map(str, record["config"]["options"].values()))
+
+
+# ----------------------------------------------------------------------------------------------
+# the regenerated report
+
+SCRIPTS = {"q2": (hw2_q2, "-"), "q3": (hw2_q3, "--")}
+
+
+def regenerate(question, folder, *argv):
+    """Write a question's part of the report in `folder`, training nothing."""
+    script, dash = SCRIPTS[question]
+    words = f"{dash}report", f"{dash}only", "none of them", f"{dash}output_dir", str(folder)
+    script.main([*words, *argv])
+
+
+@pytest.fixture
+def committed(tmp_path):
+    """A folder with a copy of the committed records."""
+    shutil.copytree(utils.ROOT / "figures" / "runs", tmp_path / "figures" / "runs")
+    return tmp_path
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in (folder / "figures").iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("question", SCRIPTS)
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_the_same_records_give_the_same_bytes(committed, question, ending):
+    argv = f"{SCRIPTS[question][1]}figure_format", ending
+    regenerate(question, committed, *argv)
+    first = contents(committed)
+    assert sum(name.endswith(ending) for name in first) >= 5
+    for path in (committed / "figures").glob("*.*"):
+        path.unlink()
+    regenerate(question, committed, *argv)
+    assert contents(committed) == first
+
+
+def test_each_part_leaves_the_other_and_what_was_written_by_hand(committed):
+    regenerate("q2", committed)
+    path = committed / "figures" / "README.md"
+    assert "{{table nucleus}}" in path.read_text(encoding="utf-8")
+    regenerate("q3", committed)
+    text = path.read_text(encoding="utf-8")
+    assert "{{" not in text
+    by_hand = text.replace("<!-- q3 -->", "A remark in between.\n\n<!-- q3 -->") + "A last word.\n"
+    path.write_text(by_hand.replace("### 2.1", "### changed"), encoding="utf-8")
+    regenerate("q2", committed)
+    assert path.read_text(encoding="utf-8") == by_hand
+    regenerate("q3", committed)
+    assert path.read_text(encoding="utf-8") == by_hand
+
+
+def test_a_report_without_its_markers_is_left_alone(committed, fails):
+    path = committed / "figures" / "README.md"
+    path.write_text("mine", encoding="utf-8")
+    line = fails(hw2_q2.main, ["-report", "-only", "none", "-output_dir", committed])
+    assert "<!-- q2 -->" in line
+    assert path.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_broken_record_is_set_aside(committed, capsys):
+    broken = sorted((committed / "figures" / "runs").glob("q3-*"))[0]
+    broken.write_text('{"config": ', encoding="utf-8")
+    regenerate("q3", committed)
+    assert broken.name in capsys.readouterr().err
+    assert not broken.exists()
+    assert broken.with_suffix(".broken").exists()
+
+
+def test_figures_show_the_records(committed):
+    records = {label: select("q2", **options) for label, options in Q2_SYSTEMS.items()}
+    fig = hw2_q2.draw_bands(records, tuple(records), {"val_accuracy": "Validation accuracy"})
+    lines = fig.axes[0].get_lines()
+    assert len(lines) == len(records)
+    for line, runs in zip(lines, records.values()):
+        for epoch, value in zip(*line.get_data()):
+            histories = [run["history"]["val_accuracy"] for run in runs]
+            known = [history[int(epoch) - 1] for history in histories if len(history) >= epoch]
+            assert value == pytest.approx(statistics.mean(known))
+    [running, own] = hw2_q2.draw_running_mean(records["plain, rate 0.01"]).axes[0].get_lines()
+    losses = [run["history"]["train_loss"] for run in records["plain, rate 0.01"]]
+    assert own.get_ydata()[2] == pytest.approx(np.mean(losses, 0)[2])
+    assert running.get_ydata()[2] == pytest.approx(np.mean(losses, 0)[:3].mean())
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, landscapes_path):
+    """small(*argv) -> question 2's report over two tiny systems, two seeds each."""
+    kept = [dataclasses.replace(s, seeds=2) for s in hw2_q2.SYSTEMS if s.label in Q2_SYSTEMS]
+    short = [dataclasses.replace(s, arguments=f"{s.arguments} -epochs 1") for s in kept]
+    rest = [s for s in hw2_q2.SYSTEMS if s.label not in Q2_SYSTEMS]
+    systems = (*short, *(dataclasses.replace(s, group="never") for s in rest))
+    monkeypatch.setattr(hw2_q2, "SYSTEMS", systems)
+
+    def report(*argv):
+        words = f"-report -data_path {landscapes_path} -output_dir {tmp_path}".split()
+        hw2_q2.main([*words, *argv])
+
+    return report
+
+
+Q2_SYSTEMS = {
+    "plain, rate 0.01": PLAIN | {"learning_rate": 0.01},
+    "batch norm + pooling": VARIANT | {"learning_rate": 0.01},
+}
+
+
+def test_what_is_missing_is_trained_and_nothing_else(small, tmp_path, capsys):
+    small("-dry_run")
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[-1].startswith("4 runs to train")
+    assert all(
+        line.startswith("python hw2_q2.py -learning_rate 0.01 -epochs 1") for line in listed[:4]
+    )
+    small("-only", "plain*")
+    runs = tmp_path / "figures" / "runs"
+    assert len(list(runs.iterdir())) == 2
+    small()
+    before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
+    assert len(before) == 4
+    [gone, *others] = before
+    gone.unlink()
+    small()
+    assert gone.exists()
+    assert all(path.stat().st_mtime_ns == before[path] for path in others)
+    text = (tmp_path / "figures" / "README.md").read_text(encoding="utf-8")
+    assert f"({SCRIPTS['q2'][0].QUESTION}-rates.png)" in text
+    assert "not trained yet" in text
+
+
+def test_missing_runs_do_not_mix_samples_with_photographs(committed, monkeypatch):
+    monkeypatch.setattr(hw2_q2, "DATA_PATH", committed / "nothing.npz")
+    path = next((committed / "figures" / "runs").glob("q2-bn-gap-lr0.01-seed1-*"))
+    path.unlink()
+    with pytest.raises(UserError, match="need the data of the others"):
+        hw2_q2.main(["-report", "-only", "batch norm + pooling", "-output_dir", str(committed)])
+
+
+def test_intervals_hold_what_they_should():
+    """One run of accuracy .5 on 100 pictures: .5 ± 1.96 * .05; two very different runs: both."""
+    runs = [{"final": {"test": {"confusion": [[25, 25], [25, 25]]}}}]
+    low, high = utils.interval(hw2_q2.draw_accuracy, runs)
+    assert (low, high) == (pytest.approx(0.402, abs=0.02), pytest.approx(0.598, abs=0.02))
+    runs.append({"final": {"test": {"confusion": [[45, 5], [5, 45]]}}})
+    low, high = utils.interval(hw2_q2.draw_accuracy, runs)
+    assert low < 0.45
+    assert high > 0.92
+    words = {"lengths": [4] * 100, "greedy": {"distances": [0, 4] * 50, "ranks": [1, 0] * 50}}
+    for measure in ("cer", "wer"):
+        low, high = utils.interval(hw2_q3.draw_errors("greedy", measure), [{"final": words}])
+        assert (low, high) == (pytest.approx(0.402, abs=0.02), pytest.approx(0.598, abs=0.02))
