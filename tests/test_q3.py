@@ -102,6 +102,8 @@ def test_spell_takes_options_before_and_behind_its_words():
         "--seed -1", "guess", "train abc", "--input x", "spell abc --input x", "--nucleas",
         "--data_dir no/such/folder", "test --checkpoint_name no/such.pt", "--device abacus",
         "spell a --checkpoint_name no/such.pt",
+        "test --seed 1 2", "spell a --lr 0.1 0.2", "--seed 1 2 --checkpoint_name x.pt", "--jobs 0",
+        "--report some", "--report --n_seeds 9", "--report --figure_format gif",
     ],
 )  # fmt: skip
 def test_bad_options_end_with_one_line(line, fails, folder, tmp_path):
