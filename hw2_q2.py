@@ -490,14 +490,6 @@ def train(options):
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
 
 
-def train_many(several):
-    """Train the networks that several namespaces of options describe, side by side."""
-    data = load_data(several[0])
-    runs = [make_run(options, data) for options in several]
-    tasks = utils.make_tasks(__file__, make_parser(), several, runs)
-    utils.run_many(tasks, summary, several[0])
-
-
 def summary(record):
     """What a record says, in one line."""
     if "final" not in record:
@@ -1007,7 +999,7 @@ def main(argv=None):
     elif options.report:
         utils.write_report(sys.modules[__name__], options)
     elif len(several := utils.each(options, "learning_rate", "seed")) > 1:
-        train_many(several)
+        utils.train_many(sys.modules[__name__], several)
     else:
         train(options)
 

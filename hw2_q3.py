@@ -593,14 +593,6 @@ def train(run, data, device, options):
     draw_validation(run.figures / "validation-cer.png", record)
 
 
-def train_many(several):
-    """Train and test the models that several namespaces of options describe, side by side."""
-    data = load_data(several[0])
-    runs = [make_run(options, data) for options in several]
-    tasks = utils.make_tasks(__file__, make_parser(), several, runs)
-    utils.run_many(tasks, summary, several[0])
-
-
 def summary(record):
     """What a record says, in one line."""
     if "final" not in record:
@@ -1102,7 +1094,7 @@ def main(argv=None):
         utils.write_report(sys.modules[__name__], options)
         return
     if len(several := utils.each(options, "lr", "seed")) > 1:
-        train_many(several)
+        utils.train_many(sys.modules[__name__], several)
         return
     device = utils.prepare_device(options.device, options.threads)
     if options.mode == "spell":

@@ -732,15 +732,19 @@ class Task:
             return 0
 
 
-def make_tasks(script, parser, several, runs):
-    """A Task for each of `several` namespaces of options, which `script` is to be called with."""
-    tasks = []
-    for options, run in zip(several, runs, strict=True):
+def train_many(script, several, data=None):
+    """Train the runs that several namespaces of options describe, side by side: their records.
+
+    script: the question's module; it has make_parser, make_run, load_data and summary.
+    """
+    data = data or script.load_data(several[0])
+    parser, tasks = script.make_parser(), []
+    for options in several:
         own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
         epochs = own.get("epochs") or own.get("n_epochs")
-        words = str(Path(script).resolve()), *parser.arguments(own)
-        tasks.append(Task(run, words, epochs))
-    return tasks
+        words = str(Path(script.__file__).resolve()), *parser.arguments(own)
+        tasks.append(Task(script.make_run(options, data), words, epochs))
+    return run_many(tasks, script.summary, several[0])
 
 
 def finished_record(run):
@@ -994,10 +998,7 @@ def _train_missing(script, missing, found, options):
             f"{len(missing)} runs of the report are missing, and need the data of the others; "
             "data/README.md says how to get them"
         )
-    runs = [script.make_run(own, data) for own in missing]
-    run_many(
-        make_tasks(script.__file__, script.make_parser(), missing, runs), script.summary, options
-    )
+    train_many(script, missing, data)
 
 
 def write_part(path, part, fields):
