@@ -787,11 +787,11 @@ def run_many(tasks, summary, options):
         for result in results:
             run = left[tuple(result.args)].run
             record = finished_record(run)
-            if result.returncode and not (record and "diverged_in_epoch" in record):
+            if record and (result.returncode == 0 or "diverged_in_epoch" in record):
+                bar.write(f"{run.name}: {summary(record)}")
+            else:
                 failed += 1
                 bar.write(f"{run.name}: {_why(result)}")
-            else:
-                bar.write(f"{run.name}: {summary(record)}")
     if failed:
         raise UserError(f"{failed} of {len(tasks)} runs failed; the same command tries them again")
     return [finished_record(task.run) for task in tasks]
@@ -799,6 +799,8 @@ def run_many(tasks, summary, options):
 
 def _why(result):
     lines = result.stderr.strip().splitlines()
+    if result.returncode == 0:
+        return "left no record here; do the machines share this folder?"
     return lines[-1] if lines else f"ended with status {result.returncode}"
 
 
@@ -828,7 +830,7 @@ def _progress(tasks):
 @contextlib.contextmanager
 def _finished(commands, jobs, scheduler):
     """An iterator over the commands' CompletedProcess as they end. Leaving ends the others."""
-    how = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+    how = {"cwd": os.getcwd(), "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     how |= {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     with contextlib.ExitStack() as stack:
         if scheduler:
@@ -858,6 +860,8 @@ class _Children(contextlib.AbstractContextManager):
             return subprocess.CompletedProcess(command, -signal.SIGTERM, stderr="")
         with subprocess.Popen(command, **how) as process:
             self.running.add(process)
+            if self.left:  # meanwhile
+                process.terminate()
             errors = process.communicate()[1]
         self.running.discard(process)
         return subprocess.CompletedProcess(command, process.returncode, stderr=errors)

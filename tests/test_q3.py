@@ -570,8 +570,10 @@ def test_overfits_twenty_words(train, tmp_path):
     assert record["final"]["mistakes"] == {"kinds": {}, "common": []}
 
 
-def test_several_seeds_are_the_runs_one_by_one(folder, tmp_path, capsys):
-    words = f"--n_epochs 2 --hidden_size 8 --data_dir {folder} --output_dir {tmp_path}".split()
+def test_several_seeds_are_the_runs_one_by_one(folder, tmp_path, capsys, monkeypatch):
+    """Also where paths are relative to a folder that is not the project's."""
+    monkeypatch.chdir(tmp_path)
+    words = f"--n_epochs 2 --hidden_size 8 --data_dir {folder.name} --output_dir .".split()
     hw2_q3.main([*words, "--seed", "1", "2", "--jobs", "2", "--use_attn"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
