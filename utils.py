@@ -741,10 +741,14 @@ def train_many(script, several, data=None):
     parser, tasks = script.make_parser(), []
     for options in several:
         own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
-        epochs = own.get("epochs") or own.get("n_epochs")
         words = str(Path(script.__file__).resolve()), *parser.arguments(own)
-        tasks.append(Task(script.make_run(options, data), words, epochs))
+        tasks.append(Task(script.make_run(options, data), words, epochs_of(own)))
     return run_many(tasks, script.summary, several[0])
+
+
+def epochs_of(options):
+    """How many epochs a dictionary of options asks for, by either question's name for them."""
+    return options.get("epochs") or options["n_epochs"]
 
 
 def finished_record(run):
@@ -987,9 +991,8 @@ def _list_missing(script, missing, records):
     usual = statistics.median([statistics.median(seconds) for seconds in epochs if seconds] or [0])
     hours = 0
     for options in missing:
-        own = script.run_options(options)
-        hours += usual * (own.get("epochs") or own.get("n_epochs")) / 3600
-        print(script.command(own))
+        hours += usual * epochs_of(vars(options)) / 3600
+        print(script.command(script.run_options(options)))
     guess = f"; some {hours / len(cores()):.1f} hours on this machine" if usual else ""
     print(f"{len(missing)} runs to train{guess}")
 

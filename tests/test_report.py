@@ -27,12 +27,6 @@ def select(question, **options):
     ]
 
 
-def show(values):
-    """Their mean, with the standard deviation over seeds where there are several."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
 PLAIN = {"batch_norm": False, "head": "flatten", "scramble_pixels": False, "epochs": 40}
 VARIANT = PLAIN | {"batch_norm": True, "head": "gap"}
 BAD_PIXELS = {"scramble_pixels": True, "learning_rate": 0.01}
@@ -52,9 +46,11 @@ def test_question_2(start, options):
     records = [record for record in everything if "final" in record]
     diverged = len(everything) - len(records)
     seeds = f"{len(records)}, {diverged} more diverged" if diverged else f"{len(records)}"
-    last = [show([r["final"][split]["accuracy"] for r in records]) for split in ("val", "test")]
-    late = show([statistics.mean(r["history"]["val_accuracy"][-10:]) for r in records])
-    best = show([max(r["history"]["val_accuracy"]) for r in records])
+    last = [
+        utils.mean_sd([r["final"][split]["accuracy"] for r in records]) for split in ("val", "test")
+    ]
+    late = utils.mean_sd([statistics.mean(r["history"]["val_accuracy"][-10:]) for r in records])
+    best = utils.mean_sd([max(r["history"]["val_accuracy"]) for r in records])
     row = f"| {start} | {' / '.join(last)} | {late} | {best} | {seeds} |"
     assert row in README.splitlines()
 
@@ -78,7 +74,9 @@ def test_question_3(start, system):
     records = select("q3", use_attn=use_attn, n_epochs=20, hidden_size=128, lr=0.003)
     scores = [record["final"][kind] for record in records]
     assert all(score.get("p", 0.8) == 0.8 and score.get("size", 5) == 5 for score in scores)
-    ours = " / ".join(show([score[measure] for score in scores]) for measure in MEASURES[kind])
+    ours = " / ".join(
+        utils.mean_sd([score[measure] for score in scores]) for measure in MEASURES[kind]
+    )
     assert f"| {start} | {ours} | {len(scores)} |".replace("  ", " ") in README.splitlines()
 
 
