@@ -627,51 +627,39 @@ POOLS = "kernels 3x3", "average pooling", "strided convolutions", "no pooling"
 LATE = 10  # epochs, whose mean says more than the last one alone
 
 
-def report_parts(records, folder, ending):
-    """The fields of this question's part of the report; draws its figures into `folder`.
+def report_parts(records):
+    """The fields of this question's part of the report: figures, text, or None where no run is.
 
     records: {label: list of run records}, empty where a system was not trained.
     """
     curves = {"train_loss": "Training loss (nats)", "val_accuracy": "Validation accuracy"}
-    drawn = {
-        "rates": draw_bands(records, RATES, curves),
-        "variant": draw_bands(records, (BEST_PLAIN, VARIANT), curves),
-        "changes": draw_bands(records, CHANGES, {"val_accuracy": "Validation accuracy"}),
-        "overfitting": draw_overfitting(records),
-        "moved": draw_moved(records),
-        "scrambled": draw_scrambled(records),
-        "running-mean": draw_running_mean(records[BEST_PLAIN]),
-    }
-    fields = {}
-    for name, fig in drawn.items():
-        if fig is not None:
-            file = f"q2-{name}.{ending}"
-            utils.save_figure(folder / file, fig)
-            fields[f"figure {name}"] = f"![{name.replace('-', ' ')}]({file})"
-        else:
-            fields[f"figure {name}"] = NOT_TRAINED
     rates = [label for label in RATES if records[label]]
     best = max(rates, key=lambda label: statistics.mean(map(late, records[label])), default="–")
-    return fields | {
+    return {
+        "rates": draw_bands(records, RATES, curves),
         "table rates": accuracy_table(records, RATES),
         "best rate": best.rpartition(" ")[2],
+        "variant": draw_bands(records, (BEST_PLAIN, VARIANT), curves),
         "table variant": accuracy_table(records, (BEST_PLAIN, VARIANT)),
         "table parameters": "\n\n".join(parameter_markdown(*network) for network in NETWORKS),
+        "totals": explain_totals(),
+        "size": draw_size(records),
         "table size": size_table(records),
+        "changes": draw_bands(records, CHANGES, curves),
         "table changes": gap_table(records, CHANGES),
+        "overfitting": draw_overfitting(records),
         "table overfitting": gap_table(records, REGULARISED),
         "table kernels": kernel_table(records, KERNELS),
         "table pools": kernel_table(records, POOLS),
+        "moved": draw_moved(records),
         "table sizes": sizes_table(records),
+        "scrambled": draw_scrambled(records),
         "table scrambled": accuracy_table(
             records, ("plain, scrambled", BEST_PLAIN, "batch norm + pooling, scrambled", VARIANT)
         ),
-        "totals": explain_totals(),
+        "running-mean": draw_running_mean(records[BEST_PLAIN]),
         "machines": utils.machines(r for runs in records.values() for r in runs),
     }
-
-
-NOT_TRAINED = "*(not trained yet: `python hw2_q2.py -report all`)*"
 
 
 def with_scores(records):
@@ -719,7 +707,18 @@ def accuracy_table(records, labels):
         )
     head = "network", "report: validation / test", "here, last epoch: validation / test"
     head += "validation, last quarter", "runs", "95 % of single runs, test", "report inside?"
-    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+    return utils.markdown_table(head, rows)
+
+
+def first_epoch(record):
+    """The first epoch with a validation accuracy of .75, or None."""
+    values = record["history"]["val_accuracy"]
+    return next((epoch for epoch, value in enumerate(values, 1) if value >= 0.75), None)
+
+
+def seconds_an_epoch(record):
+    """The median of a run's epochs."""
+    return statistics.median(record["measured"]["seconds"])
 
 
 def size_table(records):
@@ -727,28 +726,20 @@ def size_table(records):
     rows = []
     for label in CHANGES:
         if runs := with_scores(records[label]):
-            first = [
-                next((i for i, x in enumerate(r["history"]["val_accuracy"], 1) if x >= 0.75), None)
-                for r in runs
-            ]
-            seconds = [statistics.median(r["measured"]["seconds"]) for r in runs]
+            _, products = field_and_products(build_model(runs[0]["config"]["options"]))
             rows.append(
                 [
                     label,
                     f"{runs[0]['parameters']:,}",
+                    f"{products / 1e6:.1f}",
                     utils.mean_sd([late(run) for run in runs]),
-                    ", ".join("never" if n is None else str(n) for n in first),
-                    f"{statistics.mean(seconds):.0f}",
+                    ", ".join(str(first_epoch(run) or "never") for run in runs),
+                    ", ".join(f"{seconds_an_epoch(run):.0f}" for run in runs),
                 ]
             )
-    head = (
-        "network",
-        "parameters",
-        "validation, last quarter",
-        "first epoch at .75",
-        "seconds an epoch",
-    )
-    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+    head = "network", "parameters", "multiply-adds (millions)", "validation, last quarter"
+    head += "first epoch at .75, each run", "seconds an epoch, each run"
+    return utils.markdown_table(head, rows)
 
 
 def gap_table(records, labels):
@@ -762,10 +753,10 @@ def gap_table(records, labels):
             rows.append([label, *map(utils.mean_sd, columns), len(runs)])
     head = "network", "training", "validation", "test", "training - validation"
     head += "validation, last quarter", "runs"
-    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+    return utils.markdown_table(head, rows)
 
 
-def receptive_field(model):
+def field_and_products(model):
     """Pixels across that a position of the last convolution's map depends on, and the
     multiply-adds of one picture's way through the network."""
     field, jump, products = 1, 1, 0
@@ -790,15 +781,14 @@ def kernel_table(records, labels):
     for label in labels:
         if runs := with_scores(records[label]):
             model = build_model(runs[0]["config"]["options"])
-            field, products = receptive_field(model)
-            seconds = [statistics.median(r["measured"]["seconds"]) for r in runs]
+            field, products = field_and_products(model)
             rows.append(
                 [
                     label,
                     f"{field} x {field}",
                     f"{runs[0]['parameters']:,}",
                     f"{products / 1e6:.1f}",
-                    f"{statistics.mean(seconds):.0f}",
+                    f"{statistics.mean(map(seconds_an_epoch, runs)):.0f}",
                     utils.mean_sd([late(run) for run in runs]),
                     utils.mean_sd(accuracy(runs, "test")),
                     len(runs),
@@ -806,7 +796,7 @@ def kernel_table(records, labels):
             )
     head = "convolutions", "receptive field", "parameters", "multiply-adds (millions)"
     head += "seconds an epoch", "validation, last quarter", "test, last epoch", "runs"
-    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+    return utils.markdown_table(head, rows)
 
 
 def sizes_table(records):
@@ -818,7 +808,7 @@ def sizes_table(records):
             sizes = list(runs[0])
             rows.append([label, *(utils.mean_sd([run[size] for run in runs]) for size in sizes)])
     head = ["network", *(f"{size} pixels" for size in sizes)]
-    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+    return utils.markdown_table(head, rows)
 
 
 def parameter_markdown(title, norm, head):
@@ -846,7 +836,28 @@ def draw_bands(records, labels, curves):
         axes.set(xlabel="Epoch", ylabel=title)
         if column == "train_loss":  # a run that explodes would leave the others no room
             axes.set_ylim(0, 2)
-    panels[0][-1].legend(loc="lower right", fontsize=7)
+    utils.legend_above(fig, panels[0][0], 3 if len(labels) == 3 else 2)
+    return fig
+
+
+def draw_size(records):
+    """Accuracy, convergence and time of the plain network, the variant and what lies between them,
+    against their parameters; a dot a run."""
+    labels = [label for label in CHANGES if with_scores(records[label])]
+    if not labels:
+        return None
+    titles = "Validation accuracy, last quarter", "First epoch at .75", "Seconds an epoch"
+    fig, panels = utils.figure(7.0, 2.9, 1, 3)
+    for axes, measure, title in zip(panels, (late, first_epoch, seconds_an_epoch), titles):
+        for label, color, marker in zip(labels, utils.COLORS, "osD^"):
+            runs = with_scores(records[label])
+            values = [math.nan if (x := measure(run)) is None else x for run in runs]
+            sizes = [run["parameters"] / 1e6 for run in runs]
+            axes.plot(sizes, values, marker, color=color, label=label, markersize=5, alpha=0.8)
+        axes.set(xlabel="Parameters (millions)", title=title, xlim=(0, 6))
+    panels[1].set_ylim(0, None)
+    panels[2].set_ylim(0, None)
+    utils.legend_above(fig, panels[0])
     return fig
 
 
@@ -863,7 +874,7 @@ def draw_overfitting(records):
             utils.plot_bands(axes, [history[column] for history in histories], color, name)
         axes.set(title=label, xlabel="Epoch")
     panels[0][0].set_ylabel("Accuracy")
-    panels[0][0].legend(loc="lower right", fontsize=7)
+    utils.legend_above(fig, panels[0][0])
     return fig
 
 
@@ -875,10 +886,9 @@ def draw_moved(records):
     fig, axes = utils.figure()
     for label, color in zip(labels, utils.COLORS):
         runs = [record["final"]["test"]["moved"] for record in with_scores(records[label])]
-        steps = range(len(runs[0]))
-        axes.plot(steps, [statistics.mean(x) for x in zip(*runs)], ".-", color=color, label=label)
+        utils.plot_bands(axes, runs, color, label, ".", first=0)
     axes.set(xlabel="Test pictures moved by (pixels)", ylabel="Test accuracy")
-    axes.legend(fontsize=7)
+    utils.legend_above(fig, axes)
     return fig
 
 
@@ -899,7 +909,7 @@ def draw_scrambled(records):
         runs = [record["history"]["val_accuracy"] for record in records[label]]
         utils.plot_bands(right, runs, color, label)
     right.set(xlabel="Epoch", ylabel="Validation accuracy")
-    right.legend(loc="lower right", fontsize=7)
+    utils.legend_above(fig, right)
     return fig
 
 

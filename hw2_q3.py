@@ -858,34 +858,25 @@ REPORTED_EXAMPLES = {
     "alkaloses": "alcoloses, alcoholoses, alcolosies",
     "companions": "companuns, companions",
 }
-NOT_TRAINED = "*(not trained yet: `python hw2_q3.py --report`)*"
 
 
-def report_parts(records, folder, ending):
-    """The fields of this question's part of the report; draws its figures into `folder`.
+def report_parts(records):
+    """The fields of this question's part of the report: figures, text, or None where no run is.
 
     records: {label: list of run records}, empty where a system was not trained.
     """
     scored = {label: [r for r in runs if "final" in r] for label, runs in records.items()}
     first = scored[ATTENTION][:1]
-    drawn = {
+    return {
         "cer": draw_cer(records, [PLAIN]),
-        "cer-attention": draw_cer(records, [PLAIN, ATTENTION]),
-        "wer-at-k": draw_candidates(scored[ATTENTION]),
-        "attention": plot_attention(first[0]) if first else None,
-        "lengths": draw_lengths(scored),
-    }
-    fields = {}
-    for name, fig in drawn.items():
-        file = f"q3-{name}.{ending}"
-        if fig is not None:
-            utils.save_figure(folder / file, fig)
-        fields[f"figure {name}"] = f"![{name}]({file})" if fig is not None else NOT_TRAINED
-    return fields | {
         "table plain": error_table(scored, [(PLAIN, "greedy")]),
+        "cer-attention": draw_cer(records, [PLAIN, ATTENTION]),
         "table attention": error_table(scored, [(PLAIN, "greedy"), (ATTENTION, "greedy")]),
+        "attention": plot_attention(first[0]) if first else None,
         "table nucleus": error_table(scored, [key for key in REPORTED if key[0] == ATTENTION]),
+        "wer-at-k": draw_candidates(scored[ATTENTION]),
         "table examples": example_table(first),
+        "lengths": draw_lengths(scored),
         "table mistakes": mistake_table(scored[ATTENTION]),
         "machines": utils.machines(r for runs in records.values() for r in runs),
     }
@@ -927,7 +918,7 @@ def error_table(scored, keys):
                 ]
             )
     head = "system", "measure", "report", "here", "runs", "95 % of single runs", "report inside?"
-    return utils.markdown_table(head, rows) if rows else NOT_TRAINED
+    return utils.markdown_table(head, rows, text=2)
 
 
 def way_name(run, way):
@@ -944,7 +935,7 @@ def example_table(runs):
         for run in runs
         for word, spellings in run["final"]["examples"]
     ]
-    return utils.markdown_table(["word", "report", "here"], rows) if rows else NOT_TRAINED
+    return utils.markdown_table(["word", "report", "here"], rows, text=3)
 
 
 def mistake_table(runs, most=12):
@@ -956,7 +947,7 @@ def mistake_table(runs, most=12):
     rows = [
         [a or "(nothing)", b or "(nothing)", f"{n:.0f}"] for (a, b), n in counts.most_common(most)
     ]
-    return utils.markdown_table(["should be", "written", "times"], rows) if rows else NOT_TRAINED
+    return utils.markdown_table(["should be", "written", "times"], rows, text=2)
 
 
 def draw_cer(records, labels):

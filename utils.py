@@ -895,6 +895,7 @@ def _dask(address):
 
 REPORT_SEEDS = (42, 1, 2, 3, 4)
 TEMPLATE = ROOT / "figures" / "template.md"
+NOT_TRAINED = "*(not trained yet)*"
 
 
 @dataclass(frozen=True)
@@ -930,7 +931,7 @@ def write_report(script, options):
 
     script: the question's module; it has QUESTION, RECIPE, SYSTEMS, parse_options, make_parser,
     run_options, make_run, load_data, summary, and report_parts, which makes of {label: records} the
-    fields of the template's part, drawing figures on the way.
+    fields of the template's part: figures, text, or None where no run is.
     """
     folder = options.output_dir / "figures"
     wanted, found = _wanted_runs(script, options), _read_records(folder / "runs", script.QUESTION)
@@ -948,8 +949,8 @@ def write_report(script, options):
     for key, several in every:
         if key in found:
             records[several.label].append(found[key])
-    fields = script.report_parts(records, folder, options.figure_format)
-    write_part(folder / "README.md", script.QUESTION, fields)
+    fields = script.report_parts(records)
+    write_part(folder / "README.md", script.QUESTION, fields, options.figure_format)
     print(f"Report: {folder / 'README.md'}")
 
 
@@ -1008,14 +1009,25 @@ def _train_missing(script, missing, found, options):
     train_many(script, missing, data)
 
 
-def write_part(path, part, fields):
+def write_part(path, part, fields, ending="png"):
     """Write the report's `part`: the template's text between its markers, with {{name}} replaced by
-    fields[name]; all else in the file stays. A new file begins as the template, fields empty."""
+    fields[name], and {{name: caption}} by a figure, which is saved beside `path` as `ending`; all
+    else in the file stays. A new file begins as the template, fields empty."""
+
+    def fill(match):
+        name, _, caption = match[1].partition(": ")
+        value = fields[name]
+        if isinstance(value, Figure):
+            file = f"{part}-{name}.{ending}"
+            save_figure(path.parent / file, value)
+            return f"![{caption}]({file})\n\n*{caption}*"
+        return NOT_TRAINED if value is None else value
+
     template = TEMPLATE.read_text(encoding="utf-8")
     text = path.read_text(encoding="utf-8") if path.exists() else template
     begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
     source = template.split(begin)[1].split(end)[0]
-    filled = re.sub(r"{{(.*?)}}", lambda match: fields[match[1]], source)
+    filled = re.sub(r"{{(.*?)}}", fill, source, flags=re.DOTALL)
     before, _, rest = text.partition(begin)
     if end not in rest:
         raise UserError(f"{path}: has no {begin} ... {end}; delete it, and it is made anew")
@@ -1023,9 +1035,12 @@ def write_part(path, part, fields):
     write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def markdown_table(head, rows):
-    """A Markdown table; its first column to the left, the others to the right."""
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+def markdown_table(head, rows, text=1):
+    """A Markdown table, or None without rows; its first `text` columns to the left, the others,
+    numbers, to the right."""
+    if not rows:
+        return None
+    lines = [head, ["---"] * text + ["--:"] * (len(head) - text), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
@@ -1071,6 +1086,7 @@ STYLE = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.6,
     "legend.frameon": False,
+    "legend.fontsize": 8,
     "savefig.dpi": 200,
     "svg.hashsalt": "hw2",
 }
@@ -1103,17 +1119,22 @@ def plot_curves(path, title, ylabel, curves):
     save_figure(path, fig)
 
 
+def legend_above(fig, axes, columns=2):
+    """The legend of `axes` above all panels of `fig`, where it hides no curve."""
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+
+
 def with_seeds(label, runs):
     """A label that says over how many seeds."""
     return f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
 
 
-def plot_bands(axes, runs, color, label, marker=None):
-    """Plot lists of values, one a run, against 1, 2, ...: their mean, and a band from the least to
-    the greatest. A run may end early."""
+def plot_bands(axes, runs, color, label, marker=None, first=1):
+    """Plot lists of values, one a run, against `first`, `first` + 1, ...: their mean, and a band
+    from the least to the greatest. A run may end early."""
     longest = max(map(len, runs))
     table = np.array([run + [np.nan] * (longest - len(run)) for run in runs])
-    steps = range(1, longest + 1)
+    steps = range(first, first + longest)
     axes.plot(steps, np.nanmean(table, 0), color=color, label=label, marker=marker)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.fill_between(steps, np.nanmin(table, 0), np.nanmax(table, 0), color=color, alpha=0.2, lw=0)
