@@ -111,6 +111,7 @@ def _settle(parser, options):
         )
     if options.predict is None and (options.checkpoint or options.json):
         parser.error("-checkpoint and -json go with -predict")
+    utils.check_report_options(parser, options, "-")
     return options
 
 
@@ -341,8 +342,8 @@ def make_optimizer(model, options):
 
 
 def make_step(model, optimizer, totals):
-    """A function that trains on one batch and adds (summed loss, right answers) to `totals`, on
-    the device: reading a number back would make it wait."""
+    """A function that trains on one batch and adds (summed loss, right answers, 1 if the loss is
+    finite) to `totals`, on the device: reading a number back would make it wait."""
 
     def step(images, labels):
         log_probs = model(as_input(images))  # (B, 6)
@@ -351,23 +352,26 @@ def make_step(model, optimizer, totals):
         loss.backward()
         optimizer.step()
         correct = (log_probs.detach().argmax(1) == labels).sum()
-        totals.add_(torch.stack((loss.detach() * len(labels), correct)))
+        loss = loss.detach()
+        totals.add_(torch.stack((loss * len(labels), correct, loss.isfinite())))
 
     return step
 
 
 def train_epoch(step, totals, images, labels, batch_size):
     """One pass in random order. Returns its mean loss (nats) and its accuracy (0..1), both of the
-    network as it was at each batch, dropout included."""
+    network as it was at each batch, dropout included. Raises utils.Diverged."""
     order = torch.randperm(len(labels), device=labels.device)
     full, rest = divmod(len(labels), batch_size)
     sizes = [batch_size] * full + [rest] * (rest > 0)
     if rest == 1 and full:
         sizes[-2:] = [batch_size + 1]  # batch norm cannot train on a batch of one picture
     totals.zero_()
-    for rows in tqdm(order.split(sizes), unit="batch", leave=False, disable=None):
+    batches = tqdm(order.split(sizes), unit="batch", leave=False, disable=None)
+    for batch, rows in enumerate(batches, 1):
         step(images[rows], labels[rows])
-    loss, accuracy = (totals / len(labels)).tolist()
+        utils.check_totals(totals, batch, len(batches))
+    loss, accuracy, _ = (totals / len(labels)).tolist()
     return loss, accuracy
 
 
@@ -421,14 +425,15 @@ def size_accuracies(model, images, labels, sizes=(32, 48, 64, 96)):
 def fit(run, model, optimizer, splits, options):
     """Train epoch by epoch, going on after the last finished one; a checkpoint after each.
 
-    Returns history {column: [a value an epoch]} and seconds [a value an epoch], of fewer epochs if
-    the loss was no finite number in the next; the checkpoint of the epoch before stays.
+    Returns history {column: [a value an epoch]}, seconds [a value an epoch], and the batch of the
+    next epoch in which the loss was no finite number, or None; the checkpoint of the epoch before
+    stays.
     """
     saved = utils.continue_run(run, model, optimizer, options.restart)
     history, seconds = saved["history"], saved["seconds"]
     if seconds:
         print(f"Going on after epoch {len(seconds)}")
-    totals = torch.zeros(2, device=splits["train"][1].device)
+    totals = torch.zeros(3, device=splits["train"][1].device)
     step = make_step(model, optimizer, totals)
     if totals.is_cuda:
         step = utils.GraphedStep(step, model, optimizer, totals)
@@ -436,9 +441,10 @@ def fit(run, model, optimizer, splits, options):
         started = time.perf_counter()
         utils.seed_everything(options.seed, epoch)
         model.train()
-        loss, accuracy = train_epoch(step, totals, *splits["train"], options.batch_size)
-        if not math.isfinite(loss):
-            break
+        try:
+            loss, accuracy = train_epoch(step, totals, *splits["train"], options.batch_size)
+        except utils.Diverged as diverged:
+            return history, seconds, diverged.batch
         valid = evaluate(model, *splits["val"])
         row = {"train_loss": loss, "train_accuracy": accuracy}
         row |= {"val_loss": valid["loss"], "val_accuracy": valid["accuracy"]}
@@ -449,13 +455,11 @@ def fit(run, model, optimizer, splits, options):
         scores += f"  Valid acc: {valid['accuracy']:.4f}  ({seconds[-1]:.1f} s)"
         print(f"Epoch {epoch:2}/{options.epochs}  {scores}", flush=True)
         utils.save_run(run, model, optimizer, history, seconds)
-    return history, seconds
+    return history, seconds, None
 
 
-def train(options):
+def train(run, data, device, options):
     """Train one network, score it once on the test pictures, write record, figures, checkpoint."""
-    data, device = load_data(options), utils.prepare_device(options.device, options.threads)
-    run = make_run(options, data)
     utils.seed_everything(options.seed)
     model = build_model(options).to(device)
     optimizer = make_optimizer(model, options)
@@ -465,7 +469,7 @@ def train(options):
     for split, (images, labels) in data.splits.items():
         images = scramble_pixels(images) if options.scramble_pixels else images
         splits[split] = images.to(device, memory_format=torch.channels_last), labels.to(device)
-    history, seconds = fit(run, model, optimizer, splits, options)
+    history, seconds, stopped = fit(run, model, optimizer, splits, options)
 
     record = {
         "command": command(run.config["options"]),
@@ -474,8 +478,8 @@ def train(options):
         "history": history,
         "measured": utils.measured(device, seconds),
     }
-    if len(seconds) < options.epochs:
-        utils.stop_diverged(run, record, len(seconds) + 1)
+    if stopped:
+        utils.stop_diverged(run, record, len(seconds) + 1, stopped)
     final = record["final"] = {s: evaluate(model, *splits[s]) for s in utils.SPLITS}
     if not options.scramble_pixels:
         final["test"]["moved"] = moved_accuracies(model, *splits["test"])
@@ -937,7 +941,7 @@ def load_network(path, device="cpu"):
     try:
         model = build_model(saved["config"]["options"])
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: not a network of question 2 ({utils.one_line(error)})")
     return model.to(device).eval(), saved
 
@@ -1011,7 +1015,10 @@ def main(argv=None):
     elif len(several := utils.each(options, "learning_rate", "seed")) > 1:
         utils.train_many(sys.modules[__name__], several)
     else:
-        train(options)
+        data, device = load_data(options), utils.prepare_device(options.device, options.threads)
+        run = make_run(options, data)
+        with utils.only_here(run):
+            train(run, data, device, options)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def _settle(parser, options):
         parser.error(f"several values of --{several[0]} are for training and testing in one")
     if options.ipa and options.input:
         parser.error("give IPA either as arguments or by --input")
+    utils.check_report_options(parser, options, "--")
     return options
 
 
@@ -499,8 +500,8 @@ def score_candidates(candidates, true, k=1):
 
 
 def make_step(model, optimizer, totals):
-    """A function that trains on one batch and adds (summed loss, characters) to `totals`, on the
-    device: reading a number back would make it wait."""
+    """A function that trains on one batch and adds (summed loss, characters, 1 if the loss is
+    finite) to `totals`, on the device: reading a number back would make it wait."""
 
     def step(sources, lengths, targets):
         logits, _ = model(sources, lengths, targets)  # (R, V)
@@ -509,23 +510,27 @@ def make_step(model, optimizer, totals):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        totals.add_(torch.stack((loss.detach() * len(logits), loss.new_tensor(len(logits)))))
+        loss = loss.detach()
+        count = loss.new_tensor(len(logits))
+        totals.add_(torch.stack((loss * count, count, loss.isfinite())))
 
     return step
 
 
 def train_epoch(step, totals, words, batch_size):
-    """One pass over `words` in random order. Returns its mean loss a character (nats).
+    """One pass over `words` in random order. Returns its mean loss a character (nats). Raises
+    utils.Diverged.
 
     Batches mix words of all lengths: batches of one length each need no packing, but learn worse.
     """
     totals.zero_()
     batches = torch.randperm(len(words.lengths)).split(batch_size)
-    for rows in tqdm(batches, unit="batch", leave=False, disable=None):
+    for batch, rows in enumerate(tqdm(batches, unit="batch", leave=False, disable=None), 1):
         lengths, target_end = words.lengths[rows], words.target_lengths[rows].max()
         rows = rows.to(words.sources.device)
         step(words.sources[rows, : lengths.max()], lengths, words.targets[rows, :target_end])
-    loss, count = totals.tolist()
+        utils.check_totals(totals, batch, len(batches))
+    loss, count, _ = totals.tolist()
     return loss / count
 
 
@@ -533,8 +538,9 @@ def fit(run, speller, optimizer, words, options):
     """Train epoch by epoch, going on after the last finished one; a checkpoint after each, with
     the weights of the lowest validation CER beside the last ones.
 
-    Returns history {column: [a value an epoch]} and seconds [a value an epoch], of fewer epochs if
-    the loss was no finite number in the next; the checkpoint of the epoch before stays.
+    Returns history {column: [a value an epoch]}, seconds [a value an epoch], and the batch of the
+    next epoch in which the loss was no finite number, or None; the checkpoint of the epoch before
+    stays.
     """
     model = speller.model
     saved = utils.continue_run(run, model, optimizer, options.restart)
@@ -542,15 +548,16 @@ def fit(run, speller, optimizer, words, options):
     if seconds:
         print(f"Going on after epoch {len(seconds)}")
     symbols = {"phonemes": speller.phonemes.symbols, "characters": speller.characters.symbols}
-    totals = torch.zeros(2, device=words["train"].sources.device)
+    totals = torch.zeros(3, device=words["train"].sources.device)
     step = make_step(model, optimizer, totals)
     for epoch in range(len(seconds) + 1, options.n_epochs + 1):
         started = time.perf_counter()
         utils.seed_everything(options.seed, epoch)
         model.train()
-        loss = train_epoch(step, totals, words["train"], options.batch_size)
-        if not math.isfinite(loss):
-            break
+        try:
+            loss = train_epoch(step, totals, words["train"], options.batch_size)
+        except utils.Diverged as diverged:
+            return history, seconds, diverged.batch
         spelled = only_spellings(speller.greedy(words["val"]))
         valid = score_candidates(spelled, words["val"].spellings)
         row = {"train_loss": loss, "val_cer": valid["cer"], "val_wer": valid["wer"]}
@@ -563,7 +570,7 @@ def fit(run, speller, optimizer, words, options):
         scores += f"  Validation WER: {row['val_wer']:.4f}  ({seconds[-1]:.1f} s)"
         print(f"Epoch {epoch:2}/{options.n_epochs}  {scores}", flush=True)
         utils.save_run(run, model, optimizer, history, seconds, best=best, symbols=symbols)
-    return history, seconds
+    return history, seconds, None
 
 
 def train(run, data, device, options):
@@ -578,7 +585,7 @@ def train(run, data, device, options):
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"Run {run.name}\nTrainable parameters: {parameters:,}", flush=True)
-    history, seconds = fit(run, speller, optimizer, words, options)
+    history, seconds, stopped = fit(run, speller, optimizer, words, options)
     record = {
         "command": command(run.config["options"]),
         "config": run.config,
@@ -586,8 +593,8 @@ def train(run, data, device, options):
         "history": history,
         "measured": utils.measured(device, seconds),
     }
-    if len(seconds) < options.n_epochs:
-        utils.stop_diverged(run, record, len(seconds) + 1)
+    if stopped:
+        utils.stop_diverged(run, record, len(seconds) + 1, stopped)
     record["best_epoch"] = history["val_cer"].index(min(history["val_cer"])) + 1
     utils.save_record(run.record, record)
     draw_validation(run.figures / "validation-cer.png", record)
@@ -663,7 +670,7 @@ def load_speller(path, device):
         phonemes, characters = (Vocabulary(saved["symbols"][s]) for s in ("phonemes", "characters"))
         model = build_model(saved["config"]["options"], phonemes, characters).to(device)
         model.load_state_dict(saved["best"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
     return Speller(model.eval(), phonemes, characters), saved
 
@@ -1059,6 +1066,8 @@ def spell_lines(lines, speller, options):
     pairs = [(tuple(segment(line, speller.phonemes)), "") for line in lines if line.strip()]
     if not pairs:
         return
+    if max(len(sound) for sound, _ in pairs) > utils.MOST_SYMBOLS:
+        raise UserError(f"a word of more than {utils.MOST_SYMBOLS:,} phonemes")
     unknown = sorted({s for sound, _ in pairs for s in sound} - set(speller.phonemes.symbols))
     if unknown:
         print(f"Unknown phonemes: {' '.join(unknown)}", file=sys.stderr)
@@ -1094,11 +1103,13 @@ def main(argv=None):
     data = load_data(options)
     print("\n".join(audit(data)))
     run = make_run(options, data)
-    if options.mode != "test":
-        train(run, data, device, options)
-    if options.mode != "train":
+    if options.mode == "test":
         test(run, data, device, options)
-    if options.mode != "test":
+        return
+    with utils.only_here(run):
+        train(run, data, device, options)
+        if options.mode != "train":
+            test(run, data, device, options)
         utils.finish_run(run)
 
 

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -27,13 +26,13 @@ import unicodedata
 import urllib.request
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 
+import filelock
 import joblib
 import matplotlib
 import numpy as np
@@ -70,12 +69,21 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        args, unknown = self.parse_known_intermixed_args(args, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        unknown = [word for word in words if self._looks_unknown(word)]  # also a shortened name
+        if not unknown:
+            options, unknown = self.parse_known_intermixed_args(words, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             self.error(f"unknown argument {unknown[0]}{hint}")
-        return args
+        return options
+
+    def _looks_unknown(self, word):
+        name = word.partition("=")[0]
+        is_number = re.fullmatch(r"-\.?\d.*", word)
+        is_option = word.startswith("-") and word.strip("-") and not is_number
+        return is_option and name not in self._option_string_actions
 
     def arguments(self, options):
         """The arguments that say what `options`, a dictionary, says beyond the defaults."""
@@ -165,9 +173,20 @@ def run_script(main):
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt:
         sys.exit(_say("interrupted; to go on, run the same command again", 130))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        line = "error: out of memory; a smaller batch size or network needs less"
+        sys.exit(_say(f"{line} ({one_line(error)})", 2))
     except BrokenPipeError:  # as in `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that memory, the processor's or the GPU's, was short."""
+    signs = "can't allocate memory", "not enough memory", "out of memory"
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _say(line, status):
@@ -296,6 +315,8 @@ def record_graph(step, inputs):
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
 BIDIRECTIONAL = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # may hide text
 SIZE = 48  # pixels, the height and width of every picture
+MOST_BYTES = 4 * 2**30  # of a data file, unpacked; the course's is .1 GiB, in float64 it is .9
+MOST_SYMBOLS = 1000  # of a word's sound or spelling
 
 
 @dataclass
@@ -347,20 +368,17 @@ def _read_npz(path, keys):
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise UserError(f"{path}: not an .npz file, but a single array")
         with file:
+            size = sum(entry.file_size for entry in file.zip.infolist())
+            if size > MOST_BYTES:
+                raise UserError(f"{path}: refused, for it unpacks to {size / 2**30:.1f} GiB")
             if missing := [key for key in keys if key not in file]:
                 raise UserError(f"{path}: has no {', '.join(missing)}; found: {', '.join(file)}")
             return {key: file[key] for key in keys}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; data/README.md says how to get the data")
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        MemoryError,
-        SyntaxError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # damaged zip files and headers raise whatever they like
         raise UserError(f"{path}: not a readable .npz file ({one_line(error)}); prepare it again")
 
 
@@ -461,6 +479,8 @@ def _fields(line, where):
         raise UserError(f"{where}: {len(fields)} fields separated by tabs, expected 2")
     if not all(fields):
         raise UserError(f"{where}: an empty field")
+    if max(map(len, fields)) > MOST_SYMBOLS:
+        raise UserError(f"{where}: a field of more than {MOST_SYMBOLS:,} characters")
     if any(unicodedata.category(c) == "Cc" or c in BIDIRECTIONAL for c in "".join(fields)):
         raise UserError(f"{where}: a control character")
     return tuple(fields)
@@ -468,14 +488,22 @@ def _fields(line, where):
 
 def read_picture(file):
     """The picture in `file` (a path or a binary file) as a uint8 tensor (3, 48, 48), whatever its
-    size and mode. Raises UserError if Pillow cannot read it."""
+    size and mode, of an animation the first. Raises UserError if Pillow cannot read it, or warns
+    of its size: it has more than 89 million pixels."""
     try:
-        with Image.open(file) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
+            with Image.open(file) as picture:
+                picture = ImageOps.exif_transpose(picture)
+                if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
+                    levels = np.asarray(picture) // 257
+                    picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+                picture = picture.convert("RGB")
         if picture.size != (SIZE, SIZE):
             picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)  # antialiased
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # the decoders of damaged pictures raise whatever they like
         raise UserError(
             f"{getattr(file, 'name', file)}: not a readable picture ({one_line(error)})"
         )
@@ -573,23 +601,40 @@ def write_file(path, write):
 
 
 def save_record(path, record):
-    """Write a run record as JSON, one line a top-level key."""
+    """Write a run record as JSON, one line a top-level key, the last its checksum."""
+    record = record | {"checksum": _checksum(record)}
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
+def _checksum(record):
+    text = json.dumps(record, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def load_record(path):
-    """Read a run record. Raises UserError if it is missing or broken."""
+    """Read a run record. Raises UserError if it is missing, broken or was changed by hand."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such record")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable run record ({one_line(error)})")
-    if not isinstance(record, dict) or "config" not in record:
+    if not isinstance(record, dict) or not _is_config(record.get("config")):
         raise UserError(f"{path}: not a run record")
+    if record.pop("checksum", None) != _checksum(record):
+        raise UserError(f"{path}: damaged, or changed by hand: its checksum is another")
     return record
+
+
+def _is_config(config):
+    kinds = {"question": str, "recipe": int, "options": dict, "data": dict}
+    return (
+        isinstance(config, dict)
+        and all(isinstance(config.get(name), kind) for name, kind in kinds.items())
+        and all(isinstance(config["data"].get(name), str) for name in ("name", "fingerprint"))
+    )
 
 
 def save_checkpoint(path, **content):
@@ -598,20 +643,33 @@ def save_checkpoint(path, **content):
 
 
 def load_checkpoint(path, device="cpu", mmap=False):
-    """Read a checkpoint without running code from it; with `mmap`, tensors only when used.
+    """Read a checkpoint without running code from it; with `mmap`, tensors only when used, and
+    their checksums unseen.
 
     Raises UserError if it is missing, broken or not one of this project's.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_size != entry.file_size for entry in file.infolist()):
+                raise ValueError("it is compressed")
+            if not mmap and (part := file.testzip()):  # torch.load does not look
+                raise ValueError(f"wrong checksum of {part}")
         with warnings.catch_warnings():  # about odd files, which are refused below
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler of a damaged file raises whatever it likes
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: not a readable checkpoint ({one_line(error)}); delete it")
-    expected = {"config", "history", "seconds", "finished", "model", "optimizer"}
-    if not isinstance(content, dict) or not expected <= content.keys():
+    kinds = {"history": dict, "seconds": list, "finished": bool, "model": dict, "optimizer": dict}
+    if not (
+        isinstance(content, dict)
+        and _is_config(content.get("config"))
+        and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+        and all(len(column) == len(content["seconds"]) for column in content["history"].values())
+    ):
         raise UserError(f"{path}: not a checkpoint of this project")
     return content
 
@@ -631,9 +689,28 @@ def continue_run(run, model, optimizer, restart=False):
         raise UserError(f"{run.checkpoint}: belongs to another run; delete it")
     if saved["finished"]:
         return anew
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run.checkpoint}: of another network ({one_line(error)}); delete it")
     return saved
+
+
+@contextlib.contextmanager
+def only_here(run):
+    """Keep other processes from training `run` meanwhile. The lock goes with its process, though
+    its empty file stays. Raises UserError if another process trains the run."""
+    path = run.checkpoint.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path).acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{run.name}: another process is training this run")
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{path}: cannot be written ({one_line(error)})")
+    with lock:
+        yield
 
 
 def save_run(run, model, optimizer, history, seconds, **more):
@@ -668,12 +745,31 @@ def best_checkpoint(folder, question, score):
     return max(found)[-1]
 
 
-def stop_diverged(run, record, epoch):
+class Diverged(Exception):
+    """The training loss is no finite number any more, since this batch of the epoch."""
+
+    def __init__(self, batch):
+        super().__init__(batch)
+        self.batch = batch
+
+
+LOOK = 100  # batches between two looks at a GPU's totals, for which it would have to wait
+
+
+def check_totals(totals, batch, batches):
+    """Raise Diverged if the summed loss, totals[0], is no finite number after `batch` of an epoch's
+    `batches`. totals[-1] counts those whose loss was one."""
+    look = totals.device.type == "cpu" or batch % LOOK == 0 or batch == batches
+    if look and not math.isfinite(totals[0].item()):
+        raise Diverged(int(totals[-1].item()) + 1)
+
+
+def stop_diverged(run, record, epoch, batch):
     """Write the record of a run whose loss was no finite number in `epoch`. Raises UserError."""
-    save_record(run.record, record | {"diverged_in_epoch": epoch})
+    save_record(run.record, record | {"diverged_in_epoch": epoch, "diverged_in_batch": batch})
     raise UserError(
-        f"the training loss was no longer a number in epoch {epoch}, and training stopped; "
-        "try a lower learning rate"
+        f"the training loss was no longer a number in epoch {epoch}, batch {batch}, and training "
+        "stopped; try a lower learning rate"
     )
 
 
@@ -924,6 +1020,13 @@ def add_report_options(parser, dash):
     add(f"{dash}dry_run", action="store_true", help=dry)
     formats = {"choices": ("png", "pdf", "svg"), "default": "png"}
     add(f"{dash}figure_format", help="file format of the report's figures", **formats)
+
+
+def check_report_options(parser, options, dash):
+    """End with one line where an option of the report's is given without it."""
+    for name in ("n_seeds", "only", "dry_run", "figure_format"):
+        if not options.report and getattr(options, name) != parser.get_default(name):
+            parser.error(f"{dash}{name} goes with {dash}report")
 
 
 def write_report(script, options):

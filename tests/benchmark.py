@@ -245,7 +245,7 @@ def our_steps(argv, count):
     options = hw2_q2.parse_options(argv)
     torch.manual_seed(0)
     model = hw2_q2.build_model(options).train()
-    totals = torch.zeros(2)
+    totals = torch.zeros(3)
     step = hw2_q2.make_step(model, hw2_q2.make_optimizer(model, options), totals)
     images, labels = make_pictures(count * BATCH)
     images = images.contiguous(memory_format=torch.channels_last)
@@ -360,7 +360,7 @@ def make_spellers(limit):
 def our_spelling_epoch(speller, words):
     """A function that trains our model for one epoch."""
     optimizer = torch.optim.Adam(speller.model.parameters(), lr=0.003, fused=True)
-    totals = torch.zeros(2)
+    totals = torch.zeros(3)
     step = hw2_q3.make_step(speller.model, optimizer, totals)
 
     def run():

@@ -53,9 +53,13 @@ def real_data():
     return folder
 
 
+DATA = {"name": "photographs", "fingerprint": "0" * 12}
+CONFIG = {"question": "q2", "recipe": 1, "options": {}, "data": DATA}
+
+
 def save_checkpoint(path, **content):
     """Write a checkpoint that has every part, empty where it is not given."""
-    empty = {"config": {}, "history": {}, "seconds": [], "finished": True}
+    empty = {"config": CONFIG, "history": {}, "seconds": [], "finished": True}
     utils.save_checkpoint(path, **empty | {"model": {}, "optimizer": {}} | content)
 
 

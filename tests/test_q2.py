@@ -15,7 +15,7 @@ from torch import nn
 import hw2_q2
 import utils
 from tests import benchmark
-from tests.conftest import Killed, assert_equal_runs, save_checkpoint
+from tests.conftest import CONFIG, DATA, Killed, assert_equal_runs, save_checkpoint
 from utils import CLASSES
 
 # ----------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_the_step_in_the_backward_pass_is_sgds():
         assert model.fc1.lr == 0.1
         if not fast:
             model.fc1.lr = None
-        step = hw2_q2.make_step(model, optimizer, torch.zeros(2))
+        step = hw2_q2.make_step(model, optimizer, torch.zeros(3))
         torch.manual_seed(1)
         for _ in range(4):
             step(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8), torch.arange(8) % 6)
@@ -267,7 +267,7 @@ def test_training_is_the_textbooks(argv):
 def test_other_optimizers_see_fc1s_gradient(argv):
     o = options(*argv)
     model = hw2_q2.build_model(o)
-    step = hw2_q2.make_step(model, hw2_q2.make_optimizer(model, o), torch.zeros(2))
+    step = hw2_q2.make_step(model, hw2_q2.make_optimizer(model, o), torch.zeros(3))
     step(torch.randint(0, 256, (8, 3, 48, 48), dtype=torch.uint8), torch.arange(8) % 6)
     assert model.fc1.weight.grad.abs().sum() > 0
 
@@ -292,7 +292,7 @@ def train(landscapes_path, tmp_path):
         out = tmp_path / folder
         argv = ["-data_path", landscapes_path, "-output_dir", out, "-threads", 1, *argv]
         hw2_q2.main([str(word) for word in ("-epochs", 2, *argv)])
-        (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*")
+        (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*.pt")
         return utils.load_record(record), utils.load_checkpoint(checkpoint)
 
     return run
@@ -327,12 +327,12 @@ def test_record_figures_and_output_of_a_run(train, tmp_path, capsys):
 
 def test_training_loss_is_each_epochs_own(landscapes):
     """A step that is told what to add: the mean is over this epoch's pictures alone."""
-    totals = torch.zeros(2)
+    totals = torch.zeros(3)
     seen = []
 
     def step(images, labels):
         seen.append(len(labels))
-        totals.add_(torch.tensor([2.0 * len(labels), 1.0]))
+        totals.add_(torch.tensor([2.0 * len(labels), 1.0, 1.0]))
 
     for _ in range(2):
         result = hw2_q2.train_epoch(step, totals, *landscapes.splits["train"], batch_size=5)
@@ -343,7 +343,7 @@ def test_training_loss_is_each_epochs_own(landscapes):
 def test_an_epoch_shows_every_picture_once(landscapes):
     images, labels = landscapes.splits["train"]
     seen = []
-    totals = torch.zeros(2)
+    totals = torch.zeros(3)
     hw2_q2.train_epoch(lambda x, y: seen.append((x, y)), totals, images, labels, batch_size=8)
     assert [len(y) for _, y in seen] == [8, 8, 8, 8, 4]
     pixels = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels)}
@@ -441,7 +441,7 @@ def test_a_finished_run_and_restart_begin_anew(train, monkeypatch, capsys):
 
 def test_a_broken_checkpoint_of_the_run_is_named(train, tmp_path, landscapes_path, fails):
     train()
-    (path,) = tmp_path.glob("out/checkpoints/*")
+    (path,) = tmp_path.glob("out/checkpoints/*.pt")
     path.write_bytes(path.read_bytes()[:1000])
     argv = ["-epochs", 2, "-data_path", landscapes_path, "-output_dir", tmp_path / "out"]
     assert path.name in fails(hw2_q2.main, argv)
@@ -449,20 +449,36 @@ def test_a_broken_checkpoint_of_the_run_is_named(train, tmp_path, landscapes_pat
 
 def test_a_loss_that_explodes_stops_the_run(landscapes_path, tmp_path, fails):
     argv = ["-data_path", landscapes_path, "-output_dir", tmp_path, "-learning_rate", 1000]
-    assert "epoch 1, and training stopped" in fails(hw2_q2.main, [*argv, "-no_batch_norm"])
+    line = fails(hw2_q2.main, [*argv, "-no_batch_norm"])
     (record,) = map(utils.load_record, tmp_path.glob("figures/runs/*"))
     assert record["diverged_in_epoch"] == 1
+    batch = record["diverged_in_batch"]
+    assert 1 < batch <= 5
+    assert f"epoch 1, batch {batch}, and training stopped" in line
     assert "final" not in record
 
 
 def test_a_loss_that_explodes_later_keeps_the_epochs_before(train, monkeypatch, tmp_path):
-    real, losses = hw2_q2.train_epoch, iter([0.5, math.inf])
-    monkeypatch.setattr(hw2_q2, "train_epoch", lambda *args: (next(losses), real(*args)[1]))
-    with pytest.raises(utils.UserError, match="epoch 2"):
+    real, rates = hw2_q2.make_step, []
+
+    def make_step(model, optimizer, totals):
+        step = real(model, optimizer, totals)
+
+        def spoiling(images, labels):
+            rates.append(1)
+            if len(rates) == 5 + 3:  # of an epoch's five batches the third
+                model.fc3.bias.data.fill_(math.inf)
+            step(images, labels)
+
+        return spoiling
+
+    monkeypatch.setattr(hw2_q2, "make_step", make_step)
+    with pytest.raises(utils.UserError, match="epoch 2, batch 3"):
         train()
+    assert len(rates) == 5 + 3
     (record,) = map(utils.load_record, tmp_path.glob("out/figures/runs/*"))
-    assert record["history"]["train_loss"] == [0.5]
-    (checkpoint,) = map(utils.load_checkpoint, tmp_path.glob("out/checkpoints/*"))
+    assert len(record["history"]["train_loss"]) == 1
+    (checkpoint,) = map(utils.load_checkpoint, tmp_path.glob("out/checkpoints/*.pt"))
     assert len(checkpoint["seconds"]) == 1
 
 
@@ -579,7 +595,7 @@ def test_predictions_are_the_networks(trained, pictures, landscapes, capsys):
     out, err = capsys.readouterr()
     answers = json.loads(out)
     assert [answer["picture"][-5:] for answer in answers] == ["0.png", "1.png", "2.png"]
-    (checkpoint,) = trained.glob("checkpoints/*")
+    (checkpoint,) = trained.glob("checkpoints/*.pt")
     assert f"Network: {checkpoint}" in err
     model, _ = hw2_q2.load_network(checkpoint)
     expected = hw2_q2.predict(model, landscapes.splits["test"][0][:3]).exp()
@@ -605,7 +621,9 @@ def test_the_best_checkpoint_on_photographs_is_chosen(tmp_path):
     def save(name, data, *accuracies):
         history = {"val_accuracy": list(accuracies)}
         path = tmp_path / f"q2-{name}.pt"
-        save_checkpoint(path, config={"data": {"name": data}}, history=history)
+        config = CONFIG | {"data": DATA | {"name": data}}
+        seconds = [1.0] * len(accuracies)
+        save_checkpoint(path, config=config, history=history, seconds=seconds)
 
     def best():
         return utils.best_checkpoint(tmp_path, "q2", lambda s: s["history"]["val_accuracy"][-1])
@@ -626,6 +644,6 @@ def test_bad_predictions(trained, pictures, tmp_path, fails):
     assert "no pictures" in fails(hw2_q2.main, ["-predict", tmp_path / "empty", *out])
     nothing = ["-predict", pictures, "-output_dir", tmp_path / "nothing"]
     assert "train one first" in fails(hw2_q2.main, nothing)
-    save_checkpoint(tmp_path / "x.pt", config={"options": {}})
+    save_checkpoint(tmp_path / "x.pt")
     other = ["-predict", pictures, "-checkpoint", tmp_path / "x.pt"]
     assert "not a network of question 2" in fails(hw2_q2.main, other)

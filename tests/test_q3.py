@@ -146,7 +146,7 @@ def test_tensors_are_padded_and_framed(vocabularies):
 
 def test_an_epoch_shows_every_word_once(vocabularies):
     words = hw2_q3.to_tensors(PAIRS, *vocabularies)
-    seen, totals = [], torch.zeros(2)
+    seen, totals = [], torch.zeros(3)
 
     def step(sources, lengths, targets):
         totals.add_(1)
@@ -173,7 +173,7 @@ def test_teacher_forcing_shifts_by_one(vocabularies):
             logits, weights = model(sources, lengths, targets)
             return logits * 0, weights
 
-    totals = torch.zeros(2)
+    totals = torch.zeros(3)
     step = hw2_q3.make_step(Spy(), torch.optim.SGD(model.parameters(), 0.1), totals)
     targets = torch.tensor([[START, 4, 5, END], [START, 6, END, PAD]])
     step(torch.tensor([[4, 5], [6, PAD]]), torch.tensor([2, 1]), targets)
@@ -182,7 +182,7 @@ def test_teacher_forcing_shifts_by_one(vocabularies):
     assert steps.tolist() == [[True, True, True], [True, True, False]]
     assert words.tolist() == [0, 1]
     # five characters count, padding does not; logits of 0 make each cost log(10)
-    assert totals.tolist() == pytest.approx([5 * math.log(10), 5])
+    assert totals.tolist() == pytest.approx([5 * math.log(10), 5, 1])
 
 
 def test_padding_changes_neither_loss_nor_gradients(vocabularies):
@@ -196,7 +196,7 @@ def test_padding_changes_neither_loss_nor_gradients(vocabularies):
     for batch in (targets, padded):
         model = build(vocabularies)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        hw2_q3.make_step(model, optimizer, torch.zeros(2))(sources, lengths, batch)
+        hw2_q3.make_step(model, optimizer, torch.zeros(3))(sources, lengths, batch)
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
@@ -295,7 +295,7 @@ def test_model_training_and_greedy_spelling_are_the_textbooks(vocabularies):
     batch = words.sources, words.lengths, words.targets
     optimizer = torch.optim.SGD(textbook.parameters(), 0.5)
     benchmark.textbook_spelling_epoch(textbook, optimizer, [batch] * 5)
-    step = hw2_q3.make_step(ours, torch.optim.SGD(ours.parameters(), 0.5), torch.zeros(2))
+    step = hw2_q3.make_step(ours, torch.optim.SGD(ours.parameters(), 0.5), torch.zeros(3))
     for _ in range(5):
         step(*batch)
     for name, weights in textbook.state_dict().items():
@@ -551,7 +551,7 @@ def train(folder, tmp_path):
         out = tmp_path / out
         argv = ["--data_dir", folder, "--output_dir", out, "--threads", 1, *argv]
         hw2_q3.main([str(word) for word in ("--hidden_size", 16, "--n_epochs", 3, *argv)])
-        (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*")
+        (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*.pt")
         return utils.load_record(record), utils.load_checkpoint(checkpoint)
 
     return run
@@ -652,8 +652,15 @@ def test_the_best_epochs_weights_are_tested(train, monkeypatch, folder):
 @pytest.mark.parametrize("losses", [[math.nan], [0.5, math.inf]])
 def test_a_loss_that_explodes_stops_the_run(train, monkeypatch, tmp_path, losses):
     left = iter(losses)
-    monkeypatch.setattr(hw2_q3, "train_epoch", lambda *args: next(left))
-    with pytest.raises(utils.UserError, match=f"epoch {len(losses)}, and training stopped"):
+
+    def train_epoch(step, totals, *rest):
+        totals[:] = totals.new_tensor([next(left), 1, 6])
+        utils.check_totals(totals, 7, 10)
+        return totals[0].item()
+
+    monkeypatch.setattr(hw2_q3, "train_epoch", train_epoch)
+    where = f"epoch {len(losses)}, batch 7, and training stopped"
+    with pytest.raises(utils.UserError, match=where):
         train()
     (record,) = map(utils.load_record, tmp_path.glob("out/figures/runs/*"))
     assert record["history"].get("train_loss", []) == losses[:-1]
@@ -731,7 +738,7 @@ def test_train_then_test_is_the_same_as_both(train, folder, tmp_path, capsys):
     hw2_q3.main(["test", "--nucleus", *argv])
     again = capsys.readouterr().out
     (record,) = (tmp_path / "apart" / "figures" / "runs").iterdir()
-    (checkpoint,) = (tmp_path / "apart" / "checkpoints").iterdir()
+    (checkpoint,) = (tmp_path / "apart" / "checkpoints").glob("*.pt")
     apart = utils.load_record(record), utils.load_checkpoint(checkpoint)
     assert_equal_runs(apart, both, PARTS)
     tail = text[text.index("Test CER") : text.index("Figures")]
@@ -754,7 +761,7 @@ def test_another_checkpoint_is_tested_but_not_recorded(train, folder, tmp_path, 
 def test_bad_checkpoints(train, folder, tmp_path, fails):
     argv = ["test", "--data_dir", folder, "--output_dir", tmp_path]
     assert "train the model first" in fails(hw2_q3.main, argv)
-    save_checkpoint(tmp_path / "x.pt", config={"options": {}})
+    save_checkpoint(tmp_path / "x.pt")
     argv += ["--checkpoint_name", tmp_path / "x.pt"]
     assert "not a model of question 3" in fails(hw2_q3.main, argv)
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 import utils
-from tests.conftest import save_checkpoint
+from tests.conftest import CONFIG, save_checkpoint
 from utils import UserError
 
 # ----------------------------------------------------------------------------------------------
@@ -287,10 +287,10 @@ def test_writing_where_a_file_stands_in_the_way(tmp_path):
 
 
 def test_record_round_trip(tmp_path):
-    record = {"config": {"seed": 1}, "history": {"loss": [0.1, 1e-300, 3.0]}, "text": "ʃ\n"}
+    record = {"config": CONFIG, "history": {"loss": [0.1, 1e-300, 3.0]}, "text": "ʃ\n"}
     utils.save_record(tmp_path / "r.json", record)
     assert utils.load_record(tmp_path / "r.json") == record
-    assert len((tmp_path / "r.json").read_text().splitlines()) == len(record) + 2
+    assert len((tmp_path / "r.json").read_text().splitlines()) == len(record) + 3
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1}', "[" * 10**5, "\udcff"])
@@ -302,9 +302,9 @@ def test_broken_record(tmp_path, content):
 
 def test_checkpoint_round_trip(tmp_path):
     weights = {"w": torch.randn(3, 4), "n": torch.tensor(3)}
-    save_checkpoint(tmp_path / "c.pt", config={"a": 1}, model=weights)
+    save_checkpoint(tmp_path / "c.pt", config=CONFIG | {"recipe": 7}, model=weights)
     loaded = utils.load_checkpoint(tmp_path / "c.pt")
-    assert loaded["config"] == {"a": 1}
+    assert loaded["config"] == CONFIG | {"recipe": 7}
     assert torch.equal(loaded["model"]["w"], weights["w"])
 
 
@@ -467,7 +467,7 @@ def test_fingerprint_of_words(tmp_path):
 
 # A script in place of a training: it does as its second word says, and its first is its record.
 SCRIPT = """
-import json, os, pathlib, signal, sys, time
+import hashlib, json, os, pathlib, signal, sys, time
 path, behaviour = pathlib.Path(sys.argv[1]), sys.argv[2]
 with open(path.with_suffix(".started"), "a") as log:
     print(time.time(), file=log)
@@ -483,9 +483,13 @@ if behaviour == "meet":  # until two are there at once
     until = time.time() + 30
     while len(list(path.parent.glob("*.started"))) < 2 and time.time() < until:
         time.sleep(0.01)
-record = {"config": {}, "history": {}}
+data = {"name": "photographs", "fingerprint": "0"}
+config = {"question": "q2", "recipe": 1, "options": {}, "data": data}
+record = {"config": config, "history": {}}
 record |= {"diverged_in_epoch": 2} if behaviour == "diverge" else {"final": behaviour}
-path.write_text(json.dumps(record))
+text = json.dumps(record, sort_keys=True)
+checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
+path.write_text(json.dumps(record | {"checksum": checksum}))
 sys.exit(2 if behaviour == "diverge" else 0)
 """
 
@@ -557,7 +561,7 @@ def test_a_broken_record_is_set_aside_and_its_run_repeated(make_tasks, capsys):
 
 def test_a_record_without_scores_is_not_the_end(make_tasks):
     [task] = make_tasks("good")
-    utils.save_record(task.run.record, {"config": {}, "history": {}})
+    utils.save_record(task.run.record, {"config": CONFIG, "history": {}})
     assert utils.finished_record(task.run) is None
     assert run_many([task])[0]["final"] == "good"
 
