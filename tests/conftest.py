@@ -13,6 +13,11 @@ from data import sample
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=20, help="kills of tests/test_crash.py")
+    parser.addoption("--fuzz", type=int, default=30, help="examples a test of tests/test_fuzz.py")
+
+
 @pytest.fixture(scope="session")
 def landscapes():
     """36 training, 12 validation and 12 test pictures of the built-in kind."""
