@@ -165,6 +165,30 @@ def test_forward_shapes_of_stacked_and_whole_picture_convolutions(argv, side):
     assert model(images).shape == (2, 6)
 
 
+@pytest.mark.parametrize(
+    ("argv", "side"),
+    [(["-pool", "avg"], 18), (["-pool", "stride"], 15), (["-pool", "none"], 7)],
+)
+def test_receptive_field_is_where_the_gradient_reaches(argv, side):
+    options = hw2_q2.parse_options(argv)
+    model = hw2_q2.build_model(options).eval()
+    picture, seen = torch.rand(1, 3, 48, 48, requires_grad=True), []
+    model.convs[-1].conv.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    model(picture)
+    middle = seen[0].shape[-1] // 2
+    seen[0][0, :, middle, middle].sum().backward()
+    reached = picture.grad[0].abs().sum(0) > 0
+    assert (reached.any(0).sum().item(), reached.any(1).sum().item()) == (side, side)
+    assert hw2_q2.field_and_products(model)[0] == side
+
+
+def test_multiply_adds_by_hand():
+    """Of the plain network: three convolutions, three linear layers."""
+    model = hw2_q2.build_model(hw2_q2.parse_options(["-no_batch_norm"]))
+    convs = 48 * 48 * 32 * 27 + 24 * 24 * 64 * 288 + 12 * 12 * 128 * 576
+    assert hw2_q2.field_and_products(model)[1] == convs + 4608 * 1024 + 1024 * 512 + 512 * 6
+
+
 def test_convolution_block_by_hand():
     """One 2x2 picture, one 3x3 kernel of ones: every output is the sum 10 of the picture, plus
     the bias; batch norm (in evaluation, unit statistics) scales by 1 / sqrt(1 + 1e-5)."""
