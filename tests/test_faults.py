@@ -1,0 +1,271 @@
+"""Full disks, folders that cannot be written, memory that is short, damaged and hostile files: one
+clear line, status 2, and what was there before stays."""
+
+import errno
+import io
+import os
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import hw2_q2
+import hw2_q3
+import utils
+from tests.conftest import CONFIG, save_checkpoint
+from utils import UserError
+
+resource = pytest.importorskip("resource", reason="limits as POSIX has them")
+
+
+@pytest.fixture
+def scripts(landscapes_path, tmp_path):
+    """{question: (main, arguments of a small run)}."""
+    words = tmp_path / "words"
+    words.mkdir()
+    for name in ("train", "valid", "test"):
+        text = "k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\n"
+        (words / f"{name}.tsv").write_text(text, encoding="utf-8")
+    q2 = f"-epochs 2 -threads 1 -data_path {landscapes_path} -output_dir {tmp_path / 'out'}"
+    q3 = f"--use_attn --n_epochs 2 --hidden_size 8 --threads 1 --data_dir {words}"
+    return {
+        "q2": (hw2_q2.main, q2.split()),
+        "q3": (hw2_q3.main, [*q3.split(), "--output_dir", str(tmp_path / "out")]),
+    }
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+QUESTIONS = {"q2": "-", "q3": "--"}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_full_disk(scripts, question, tmp_path, fails):
+    """No file may grow beyond 2,000 bytes: the checkpoint of the first epoch fails."""
+    main, argv = scripts[question]
+    main(argv)
+    before = contents(tmp_path / "out")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        line = fails(main, [*argv, f"{QUESTIONS[question]}restart"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in line
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EIO])
+def test_a_folder_that_cannot_be_written(scripts, question, code, monkeypatch, tmp_path, fails):
+    main, argv = scripts[question]
+
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "replace", fail)
+    line = fails(main, argv)
+    assert "cannot be written" in line
+    assert os.strerror(code) in line
+    assert not [path for path in contents(tmp_path / "out") if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_file_where_the_folder_should_be(scripts, question, tmp_path, fails):
+    main, argv = scripts[question]
+    (tmp_path / "out").write_text("mine")
+    assert "cannot be written" in fails(main, argv)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_figure_that_cannot_be_written(scripts, tmp_path, fails, capsys):
+    """The record and the checkpoint are safe; the same command goes on at the end."""
+    main, argv = scripts["q2"]
+    main(argv)
+    (figure,) = tmp_path.glob("out/figures/q2-*/confusion-matrix.png")
+    figure.unlink()
+    figure.mkdir()
+    assert "confusion-matrix.png: cannot be written" in fails(main, argv)
+    (record,) = tmp_path.glob("out/figures/runs/*")
+    assert "final" in utils.load_record(record)
+    figure.rmdir()
+    main(argv)
+    assert "Going on after epoch 2" in capsys.readouterr().out
+    assert figure.is_file()
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_memory_that_is_short(scripts, question, monkeypatch, fails):
+    """An allocation that no machine can make, in place of a step on too large a batch."""
+    main, argv = scripts[question]
+    script = {"q2": hw2_q2, "q3": hw2_q3}[question]
+    monkeypatch.setattr(script, "make_step", lambda *_: lambda *_: torch.empty(2**50))
+    assert "out of memory; a smaller batch size" in fails(main, argv)
+
+
+def test_other_errors_of_torch_are_not_hidden():
+    def main():
+        raise RuntimeError("mat1 and mat2 must have the same memory format")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        utils.run_script(main)
+
+
+def test_a_run_has_one_process(scripts, tmp_path, fails):
+    main, argv = scripts["q3"]
+    main(argv)
+    (checkpoint,) = tmp_path.glob("out/checkpoints/*.pt")
+    with utils.only_here(utils.Run("x", {}, tmp_path, checkpoint)):
+        assert "another process is training this run" in fails(main, argv)
+    main(argv)
+
+
+def test_checkpoints_of_other_runs_and_networks(scripts, tmp_path, fails):
+    """Unfinished ones under the run's name: of other options, another recipe, another network."""
+    main, argv = scripts["q3"]
+    main(argv)
+    (path,) = tmp_path.glob("out/checkpoints/*.pt")
+    saved = utils.load_checkpoint(path) | {"finished": False}
+    config = saved["config"]
+    others = {
+        "belongs to another run": [
+            {"config": config | {"options": config["options"] | {"lr": 0.1}}},
+            {"config": config | {"recipe": config["recipe"] - 1}},
+            {"config": config | {"data": config["data"] | {"fingerprint": "0" * 12}}},
+        ],
+        "of another network": [
+            {"model": {}},
+            {"model": saved["model"] | {"decoder.cell.bias_ih": torch.zeros(3)}},
+            {"optimizer": {}},
+            {"optimizer": {"state": {}, "param_groups": []}},
+        ],
+    }
+    for message, changes in others.items():
+        for change in changes:
+            utils.save_checkpoint(path, **saved | change)
+            before = path.read_bytes()
+            line = fails(main, argv)
+            assert message in line
+            assert path.name in line
+            assert path.read_bytes() == before
+
+
+def test_flipped_bits(scripts, tmp_path, fails):
+    """In a checkpoint's weights, where torch itself sees nothing, and in a record's digits."""
+    main, argv = scripts["q3"]
+    main(argv)
+    (checkpoint,) = tmp_path.glob("out/checkpoints/*.pt")
+    content = bytearray(checkpoint.read_bytes())
+    with zipfile.ZipFile(checkpoint) as file:
+        entry = max(file.infolist(), key=lambda entry: entry.file_size)
+    content[entry.header_offset + entry.file_size // 2] ^= 1
+    checkpoint.write_bytes(content)
+    assert "wrong checksum" in fails(main, ["test", *argv])
+
+    (path,) = tmp_path.glob("out/figures/runs/*")
+    text = path.read_text()
+    path.write_text(re.sub(r"0\.(\d)", lambda m: f"0.{9 - int(m[1])}", text, count=1))
+    with pytest.raises(UserError, match="damaged, or changed by hand"):
+        utils.load_record(path)
+
+
+# ----------------------------------------------------------------------------------------------
+# hostile files
+
+
+def test_a_file_that_unpacks_to_too_much(tmp_path, landscapes_path):
+    """Its directory says 5 GiB; nothing of it is read."""
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(landscapes_path) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+        new.filelist[0].file_size = 5 * 2**30
+    with pytest.raises(UserError, match=r"unpacks to 5\.0 GiB"):
+        utils.load_landscapes(path)
+
+
+def test_an_array_that_claims_to_be_huge(tmp_path, arrays):
+    header = io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 48, 48, 3)}
+    np.lib.format.write_array_header_1_0(header, description)
+    np.savez(tmp_path / "x.npz", **{k: v for k, v in arrays.items() if k != "train_images"})
+    with zipfile.ZipFile(tmp_path / "x.npz", "a") as file:
+        file.writestr("train_images.npy", header.getvalue())
+    with pytest.raises(UserError, match=r"not a readable \.npz"):
+        utils.load_landscapes(tmp_path / "x.npz")
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    """torch writes none; small ones could unpack to any size."""
+    save_checkpoint(tmp_path / "c.pt", model={"w": torch.zeros(10**5)}, config=CONFIG)
+    with (
+        zipfile.ZipFile(tmp_path / "c.pt") as old,
+        zipfile.ZipFile(tmp_path / "d.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    with pytest.raises(UserError, match="compressed"):
+        utils.load_checkpoint(tmp_path / "d.pt")
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_pictures_of_absurd_dimensions(tmp_path, side):
+    """100 and 400 million pixels, in a few kilobytes."""
+    Image.new("1", (side, side)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="decompression bomb"):
+        utils.read_picture(tmp_path / "x.png")
+
+
+def test_sixteen_bits_keep_their_shades(tmp_path):
+    shades = np.linspace(0, 65535, 48 * 48).astype(np.uint16).reshape(48, 48)
+    Image.fromarray(shades).save(tmp_path / "x.png")
+    found = utils.read_picture(tmp_path / "x.png")
+    assert torch.equal(found[0], torch.from_numpy((shades // 257).astype(np.uint8)))
+
+
+def test_of_an_animation_the_first_picture(tmp_path):
+    frames = [Image.new("RGB", (48, 48), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert utils.read_picture(tmp_path / "x.gif")[:, 5, 5].tolist() == [255, 0, 0]
+
+
+def test_words_of_megabytes(tmp_path, scripts):
+    for text in ("k " * 10**6 + "\tcat", "k æ t\t" + "t" * 10**6):
+        (tmp_path / "x.tsv").write_text(f"k æ t\tcat\n{text}\n", encoding="utf-8")
+        with pytest.raises(UserError, match="line 2: a field of more than 1,000 characters"):
+            utils.read_tsv(tmp_path / "x.tsv")
+    main, argv = scripts["q3"]
+    main(argv)
+    with pytest.raises(UserError, match="a word of more than 1,000 phonemes"):
+        main(["spell", "k " * 1001, "--output_dir", str(tmp_path / "out")])
+
+
+# ----------------------------------------------------------------------------------------------
+# command lines
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (hw2_q2.main, ["-learning_rat", "0.1"]),
+        (hw2_q2.main, ["-epoch=3"]),
+        (hw2_q3.main, ["--use_att"]),
+        (hw2_q3.main, ["--beam_siz", "5", "test"]),
+    ],
+)
+def test_shortened_names_are_unknown(main, words, fails):
+    name = words[0].partition("=")[0]
+    line = fails(main, words)
+    assert f"unknown argument {words[0]}; did you mean {name}" in line
+
+
+@pytest.mark.parametrize("dash", ["-", "--"])
+@pytest.mark.parametrize("words", ["n_seeds 2", "only x", "dry_run", "figure_format pdf"])
+def test_options_of_the_report_need_it(dash, words, fails):
+    main = {"-": hw2_q2.main, "--": hw2_q3.main}[dash]
+    assert f"goes with {dash}report" in fails(main, f"{dash}{words}".split())
