@@ -668,7 +668,8 @@ def load_checkpoint(path, device="cpu", mmap=False):
         isinstance(content, dict)
         and _is_config(content.get("config"))
         and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
-        and all(len(column) == len(content["seconds"]) for column in content["history"].values())
+        and all(isinstance(column, list) for column in content["history"].values())
+        and {len(column) for column in content["history"].values()} <= {len(content["seconds"])}
     ):
         raise UserError(f"{path}: not a checkpoint of this project")
     return content

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,19 @@ torch.set_num_threads(1)
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=20, help="kills of tests/test_crash.py")
     parser.addoption("--fuzz", type=int, default=30, help="examples a test of tests/test_fuzz.py")
+
+
+def pytest_configure(config):
+    count = config.getoption("fuzz")
+    hypothesis.settings.register_profile(
+        "hw2",
+        max_examples=count,
+        deadline=None,
+        database=None,
+        derandomize=count < 1000,  # the same examples each time, but for a long search
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("hw2")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -38,21 +38,6 @@ ODD_TEXT = st.text(max_size=40) | st.sampled_from(
         "1 2",
     ]
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def examples(request):
-    """As many as --fuzz asks for, the same ones each time unless it is a long search."""
-    count = request.config.getoption("fuzz")
-    settings.register_profile(
-        "here",
-        max_examples=count,
-        deadline=None,
-        database=None,
-        derandomize=count < 1000,
-        suppress_health_check=list(HealthCheck),
-    )
-    settings.load_profile("here")
 
 
 @pytest.fixture(scope="module")
