@@ -628,7 +628,7 @@ CHANGES = BEST_PLAIN, "batch norm, flattened", "pooling without batch norm", VAR
 REGULARISED = BEST_PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", VARIANT
 KERNELS = "kernels 3x3", "kernels 5x5", "kernels 7x7", "two 3x3 a block", "one 48x48"
 POOLS = "kernels 3x3", "average pooling", "strided convolutions", "no pooling"
-LATE = 10  # epochs, whose mean says more than the last one alone
+MOVED = BEST_PLAIN, "pooling without batch norm", *POOLS
 
 
 def report_parts(records):
@@ -806,13 +806,11 @@ def kernel_table(records, labels):
 
 def sizes_table(records):
     """Test accuracy of pooled networks on pictures of other sizes than they were trained on."""
-    rows, sizes = [], []
-    for label in POOLS:
-        runs = [r["final"]["test"]["sizes"] for r in with_scores(records[label])]
-        if runs:
-            sizes = list(runs[0])
-            rows.append([label, *(utils.mean_sd([run[size] for run in runs]) for size in sizes)])
-    head = ["network", *(f"{size} pixels" for size in sizes)]
+    rows, head = [], []
+    for label in MOVED[1:]:
+        if runs := [r["final"]["test"]["sizes"] for r in with_scores(records[label])]:
+            rows.append([label, *(utils.mean_sd([run[size] for run in runs]) for size in runs[0])])
+            head = ["network", *(f"{size} pixels" for size in runs[0])]
     return utils.markdown_table(head, rows)
 
 
@@ -884,15 +882,16 @@ def draw_overfitting(records):
 
 
 def draw_moved(records):
-    """Test accuracy against how far the pictures were moved."""
-    labels = [label for label in (*POOLS, "one 48x48") if with_scores(records[label])]
-    if not labels:
+    """What test accuracy loses as the pictures are moved."""
+    fig, axes = utils.figure(5.2, 3.3)
+    for label, color in zip(MOVED, utils.COLORS):
+        tests = [record["final"]["test"] for record in with_scores(records[label])]
+        runs = [[x - t["moved"][0] for x in t["moved"]] for t in tests if "moved" in t]
+        if runs:
+            utils.plot_bands(axes, runs, color, utils.with_seeds(label, runs), ".", first=0)
+    if not axes.lines:
         return None
-    fig, axes = utils.figure()
-    for label, color in zip(labels, utils.COLORS):
-        runs = [record["final"]["test"]["moved"] for record in with_scores(records[label])]
-        utils.plot_bands(axes, runs, color, label, ".", first=0)
-    axes.set(xlabel="Test pictures moved by (pixels)", ylabel="Test accuracy")
+    axes.set(xlabel="Test pictures moved by (pixels)", ylabel="Change of test accuracy")
     utils.legend_above(fig, axes)
     return fig
 

@@ -1179,7 +1179,7 @@ def interval(draw, runs, repetitions=2000):
 
 # Okabe and Ito's colours, distinct for colour-blind readers too.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
-COLORS = BLUE, VERMILION, GREEN, PURPLE, ORANGE
+COLORS = BLUE, VERMILION, GREEN, PURPLE, ORANGE, "#56B4E9"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,

@@ -94,13 +94,10 @@ def test_records_bear_the_names_of_their_runs():
         assert utils.Run(title, utils.load_record(path)["config"]).name == path.stem
 
 
-def test_the_readme_names_the_machines():
-    text = " ".join(README.split())
+def test_records_name_their_machines():
     for record in RECORDS:
-        m = record["measured"]
-        assert f"{m['cores']} cores of an {m['processor']} with torch {m['torch']}" in text
-        assert f"one thread a run, Python {m['python']}" in text
-        assert m["threads"] == 1
+        assert record["measured"]["threads"] == 1  # as the README says
+        assert record["measured"]["processor"]
 
 
 def test_records_hold_no_paths_and_can_be_repeated():
@@ -160,6 +157,13 @@ def test_each_part_leaves_the_other_and_what_was_written_by_hand(committed):
     assert path.read_text(encoding="utf-8") == by_hand
     regenerate("q3", committed)
     assert path.read_text(encoding="utf-8") == by_hand
+
+
+def test_the_committed_report_is_that_of_the_committed_records(committed):
+    for question in SCRIPTS:
+        regenerate(question, committed)
+    text = (committed / "figures" / "README.md").read_text(encoding="utf-8")
+    assert (utils.ROOT / "figures" / "README.md").read_text(encoding="utf-8") == text
 
 
 def test_a_report_without_its_markers_is_left_alone(committed, fails):
