@@ -941,7 +941,7 @@ def load_network(path, device="cpu"):
     try:
         model = build_model(saved["config"]["options"])
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except utils.MISFITS as error:
         raise UserError(f"{path}: not a network of question 2 ({utils.one_line(error)})")
     return model.to(device).eval(), saved
 

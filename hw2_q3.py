@@ -670,7 +670,7 @@ def load_speller(path, device):
         phonemes, characters = (Vocabulary(saved["symbols"][s]) for s in ("phonemes", "characters"))
         model = build_model(saved["config"]["options"], phonemes, characters).to(device)
         model.load_state_dict(saved["best"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except utils.MISFITS as error:
         raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
     return Speller(model.eval(), phonemes, characters), saved
 

@@ -675,6 +675,10 @@ def load_checkpoint(path, device="cpu", mmap=False):
     return content
 
 
+# What torch and Python raise where a checkpoint's parts do not fit the network they are meant for.
+MISFITS = RuntimeError, ValueError, KeyError, TypeError, AttributeError
+
+
 def continue_run(run, model, optimizer, restart=False):
     """Load the unfinished run's last epoch into `model` and `optimizer`, if there is one.
 
@@ -693,7 +697,7 @@ def continue_run(run, model, optimizer, restart=False):
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except MISFITS as error:
         raise UserError(f"{run.checkpoint}: of another network ({one_line(error)}); delete it")
     return saved
 
