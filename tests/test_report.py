@@ -246,8 +246,8 @@ def test_what_is_missing_is_trained_and_nothing_else(small, tmp_path, capsys):
 
 def test_missing_runs_do_not_mix_samples_with_photographs(committed, monkeypatch):
     monkeypatch.setattr(hw2_q2, "DATA_PATH", committed / "nothing.npz")
-    path = next((committed / "figures" / "runs").glob("q2-bn-gap-lr0.01-seed1-*"))
-    path.unlink()
+    for path in (committed / "figures" / "runs").glob("q2-bn-gap-lr0.01-seed1-*"):
+        path.unlink()
     with pytest.raises(UserError, match="need the data of the others"):
         hw2_q2.main(["-report", "-only", "batch norm + pooling", "-output_dir", str(committed)])
 
