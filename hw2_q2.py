@@ -159,20 +159,20 @@ class ConvBlock(nn.Module):
 
 
 class _StepInBackward(torch.autograd.Function):
-    """x Wᵀ + b, whose backward pass takes plain SGD's step on W: W -= lr dyᵀ x, in place."""
+    """x Wᵀ + b, whose backward pass takes SGD's step on W: W -= lr (dyᵀ x + decay W), in place."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lr):
+    def forward(ctx, x, weight, bias, lr, decay):
         ctx.save_for_backward(x, weight)
-        ctx.lr = lr
+        ctx.lr, ctx.decay = lr, decay
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = dy @ weight  # with the weight of the forward pass, so before its step
-        weight.addmm_(dy.T, x, alpha=-ctx.lr)
-        return dx, None, dy.sum(0), None
+        weight.addmm_(dy.T, x, beta=1 - ctx.lr * ctx.decay, alpha=-ctx.lr)
+        return dx, None, dy.sum(0), None, None
 
 
 class WideLinear(nn.Linear):
@@ -182,12 +182,12 @@ class WideLinear(nn.Linear):
     quarter of the whole step. The optimizer sees no gradient and leaves the weight alone.
     """
 
-    lr = None
+    lr, decay = None, 0.0
 
     def forward(self, x):
         if self.lr is None or not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
-        return _StepInBackward.apply(x, self.weight.detach(), self.bias, self.lr)
+        return _StepInBackward.apply(x, self.weight.detach(), self.bias, self.lr, self.decay)
 
 
 class CNN(nn.Module):
@@ -326,12 +326,12 @@ def scramble_pixels(images):
 
 
 def make_optimizer(model, options):
-    """SGD without momentum, or Adam. On a CPU, plain SGD steps on fc1 in the backward pass."""
+    """SGD without momentum, or Adam. On a CPU, SGD steps on fc1 in the backward pass."""
     device = next(model.parameters()).device.type
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
     extra = {"capturable": True} if options.optimizer == "adam" and device == "cuda" else {}
-    if options.optimizer == "sgd" and options.l2_decay == 0 and device == "cpu":
-        model.fc1.lr = options.learning_rate
+    if options.optimizer == "sgd" and device == "cpu":
+        model.fc1.lr, model.fc1.decay = options.learning_rate, options.l2_decay
     return kinds[options.optimizer](
         model.parameters(),
         lr=options.learning_rate,
