@@ -14,7 +14,6 @@ import io
 import math
 import stat
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -102,14 +101,7 @@ def read_pictures(found):
         name = f"{split}/{CLASSES[label]}/{name}"
         try:
             rows[split].append((utils.read_picture(io.BytesIO(read())), label, name))
-        except (
-            UserError,
-            OSError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-        ):
+        except Exception:  # what unpacks and decodes damaged files raises whatever it likes
             broken.append(name)
     for split, found in rows.items():
         if not found:
@@ -195,7 +187,7 @@ def _is_whole(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError):
+    except Exception:  # damaged archives raise whatever they like
         return False
 
 
@@ -254,10 +246,11 @@ def main(argv=None):
     if options.download:
         download(options.url, archive)
     try:
-        with zipfile.ZipFile(archive) as file:
-            prepare(in_archive(file), options.output, options.seed, options.drop_duplicates)
-    except (zipfile.BadZipFile, OSError) as error:
+        file = zipfile.ZipFile(archive)
+    except Exception as error:  # damaged archives raise whatever they like
         raise UserError(f"{archive}: not a readable zip archive ({utils.one_line(error)})")
+    with file:
+        prepare(in_archive(file), options.output, options.seed, options.drop_duplicates)
 
 
 if __name__ == "__main__":
