@@ -5,8 +5,8 @@
     python hw2_q3.py test --use_attn --beam_size 5 test the trained model, with beam search
     python hw2_q3.py spell "h ə l oʊ" "w ɝ l d"    spell your own IPA
 
-options | symbols and batches | model | decoding | scores | training | figures | report | spelling |
-main
+options | symbols and batches | model | decoding | scores | training | testing | figures | report |
+spelling | main
 """
 
 import math
@@ -119,11 +119,13 @@ PAD, UNK, START, END = range(len(SPECIAL))  # no decoder ever emits those before
 
 
 class Vocabulary:
-    """The symbols of one side, numbered from 0; the first are the special ones."""
+    """The symbols of one side, numbered from 0; the first are the special ones, which no text has:
+    what looks like one there is unknown."""
 
     def __init__(self, symbols):
         self.symbols = list(symbols)
-        self.numbers = {symbol: number for number, symbol in enumerate(self.symbols)}
+        known = list(enumerate(self.symbols))[len(SPECIAL) :]
+        self.numbers = {symbol: number for number, symbol in known}
 
     @classmethod
     def of(cls, sequences):
@@ -194,7 +196,7 @@ class BahdanauAttention(nn.Module):
     Here s is the state that has read the current character, and the context joins it after the
     LSTM, tanh(W [context; s]) (Luong et al. 2015, section 3.1), so that all steps of a known target
     are computed at once. Only pairs of a state and a phoneme of its own word are computed: in a
-    batch of mixed lengths they are a third of a padded (B, T, S).
+    batch of mixed lengths they are a quarter to a third of a padded (B, T, S).
     """
 
     def __init__(self, hidden_size):
@@ -267,11 +269,11 @@ class Decoder(nn.Module):
         """
         x = self.dropout(self.embedding(characters))  # (B, T, H)
         x, state = self.lstm(x, state)
-        rows, _ = steps.nonzero(as_tuple=True)  # (R,)
-        x = F.embedding(steps.flatten().nonzero()[:, 0], x.flatten(0, 1))  # (R, H)
+        places = steps.flatten().nonzero()[:, 0]  # (R,), into B * T
+        x = F.embedding(places, x.flatten(0, 1))  # (R, H)
         weights = None
         if self.attention is not None:
-            x, weights = self.attention(x, words[rows], memory)
+            x, weights = self.attention(x, words[places // steps.shape[1]], memory)
         return self.output(self.dropout(x)), state, weights
 
 
@@ -489,10 +491,14 @@ def wer_at_k(candidates, true, k):
 
 
 def score_candidates(candidates, true, k=1):
-    """CER and WER of the first candidates, and WER@k."""
+    """CER and WER of the first candidates, and WER@k; word by word the first one's Levenshtein
+    distance, and the rank, from 1, of the first right candidate, 0 where there is none."""
     first = [found[0] for found in candidates]
-    at_k = wer_at_k(candidates, true, k)
-    return {"cer": cer(first, true), "wer": wer(first, true), f"wer@{k}": at_k}
+    scores = {"cer": cer(first, true), "wer": wer(first, true)}
+    scores[f"wer@{k}"] = wer_at_k(candidates, true, k)
+    scores["distances"] = [Levenshtein.distance(a, b) for a, b in zip(first, true)]
+    ranks = (found.index(word) + 1 if word in found else 0 for found, word in zip(candidates, true))
+    return scores | {"ranks": list(ranks)}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -682,16 +688,17 @@ def test(run, data, device, options):
         raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
     speller, saved = load_speller(run.checkpoint, device)
     final = score(speller, data.splits["test"], options)
-    final["attention"] = attention_examples(speller, data.splits["test"][:SHOWN])
+    final["attention"] = attention_examples(speller, data.splits["test"][:SHOWN], options.max_len)
     print_scores(final, options, " (built-in sample)" if data.name == "sample" else "")
-    if saved["config"] != run.config:
-        print("The checkpoint is of another run or other data: no record and no figures written")
+    whole = len(saved["seconds"]) == run.config["options"]["n_epochs"]
+    if saved["config"] != run.config or not whole:
+        print("The checkpoint is unfinished or of another run: no record and no figures written")
         return
     record = utils.load_record(run.record) | {"final": final}
-    utils.save_record(run.record, record)
     draw_wer_at_k(run.figures / "wer-at-k.png", record)
     if final["attention"]:
-        draw_attention(run.figures / "attention.png", record)
+        utils.save_figure(run.figures / "attention.png", plot_attention(record))
+    utils.save_record(run.record, record)  # last: a run with a whole record is complete
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
 
 
@@ -707,13 +714,10 @@ def score(speller, pairs, options):
     at = min(size, options.k)
     return {
         "lengths": [len(word) for word in true],
-        "greedy": score_candidates(greedy, true) | word_errors(greedy, true),
-        "nucleus": {"p": options.topp, "k": options.k}
-        | score_candidates(samples, true, options.k)
-        | word_errors(samples, true),
-        "beam": {"size": size}
-        | score_candidates(beams[size], true, at)
-        | word_errors(beams[size], true),
+        "max_len": max_len,
+        "greedy": score_candidates(greedy, true),
+        "nucleus": {"p": options.topp, "k": options.k} | score_candidates(samples, true, options.k),
+        "beam": {"size": size} | score_candidates(beams[size], true, at),
         "curves": {
             name: [wer_at_k(candidates, true, k) for k in range(1, MOST + 1)]
             for name, candidates in (("nucleus", samples), ("beam", beams[MOST]))
@@ -723,28 +727,16 @@ def score(speller, pairs, options):
     }
 
 
-def word_errors(candidates, true):
-    """Word by word: the first candidate's Levenshtein distance, and the rank, from 1, of the first
-    right candidate, 0 where there is none."""
-    distances = [Levenshtein.distance(found[0], word) for found, word in zip(candidates, true)]
-    ranks = [found.index(word) + 1 if word in found else 0 for found, word in zip(candidates, true)]
-    return {"distances": distances, "ranks": ranks}
-
-
 def mistakes(predicted, true, most=20):
     """The most frequent single edits [true character, written character, count], '' for one that
     is missing or too many, and how many edits of each kind there are in all."""
-    edits = Counter()
+    kinds, edits = Counter(), Counter()
     for written, word in zip(predicted, true, strict=True):
         for kind, i, j in Levenshtein.editops(word, written):
-            edits[
-                kind, word[i] if kind != "insert" else "", written[j] if kind != "delete" else ""
-            ] += 1
-    kinds = Counter()
-    for (kind, *_), count in edits.items():
-        kinds[kind] += count
+            kinds[kind] += 1
+            edits["" if kind == "insert" else word[i], "" if kind == "delete" else written[j]] += 1
     common = sorted(edits.items(), key=lambda item: (-item[1], item[0]))[:most]
-    return {"kinds": dict(sorted(kinds.items())), "common": [[a, b, n] for (_, a, b), n in common]}
+    return {"kinds": dict(sorted(kinds.items())), "common": [[a, b, n] for (a, b), n in common]}
 
 
 def print_scores(final, options, mark=""):
@@ -770,12 +762,12 @@ def print_scores(final, options, mark=""):
 
 
 @torch.inference_mode()
-def attention_examples(speller, pairs):
+def attention_examples(speller, pairs, max_len=MAX_LEN):
     """For each pair the greedy spelling and where the model looked: a list of {phonemes, letters,
     weights (letters x phonemes)}; empty without attention."""
     model, examples = speller.model, []
-    for sound, spelling in pairs if model.decoder.attention else []:
-        [[(spelling, _)]] = speller.greedy(speller.tensors([(sound, spelling)]))
+    for sound, _ in pairs if model.decoder.attention else []:
+        [[(spelling, _)]] = speller.greedy(speller.tensors([(sound, "")]), max_len)
         word = speller.tensors([(sound, spelling)])
         weights = model(word.sources, word.lengths, word.targets)[1]  # (letters, phonemes)
         rows = [[round(weight, 4) for weight in row] for row in weights.tolist()]
@@ -803,25 +795,9 @@ def draw_validation(path, record):
 
 def draw_wer_at_k(path, record):
     """Draw WER@k against k, of nucleus sampling and of beam search."""
-    final = record["final"]
-    labels = {
-        "nucleus": f"nucleus sampling, p = {final['nucleus']['p']:g}",
-        "beam": f"beam search, size {MOST}",
-    }
-    fig, axes = utils.figure()
-    for (name, label), color, marker in zip(labels.items(), (utils.VERMILION, utils.BLUE), "os"):
-        values = final["curves"][name]
-        steps = range(1, len(values) + 1)
-        axes.plot(steps, values, color=color, marker=marker, markersize=4, label=label)
-    axes.set_xticks(range(1, MOST + 1))
-    axes.set(title=run_title(record["config"]), xlabel="k candidates a word", ylabel="Test WER@k")
-    axes.legend()
+    fig = draw_candidates([record])
+    fig.axes[0].set_title(run_title(record["config"]))
     utils.save_figure(path, fig)
-
-
-def draw_attention(path, record):
-    """Write the figure of where the model looks."""
-    utils.save_figure(path, plot_attention(record))
 
 
 def plot_attention(record):
@@ -872,34 +848,49 @@ def report_parts(records):
 
     records: {label: list of run records}, empty where a system was not trained.
     """
-    scored = {label: [r for r in runs if "final" in r] for label, runs in records.items()}
+    scored = {label: list(filter(is_spelled_alike, runs)) for label, runs in records.items()}
     first = scored[ATTENTION][:1]
     return {
-        "cer": draw_cer(records, [PLAIN]),
+        "cer": draw_cer(scored, [PLAIN]),
         "table plain": error_table(scored, [(PLAIN, "greedy")]),
-        "cer-attention": draw_cer(records, [PLAIN, ATTENTION]),
+        "cer-attention": draw_cer(scored, [PLAIN, ATTENTION]),
         "table attention": error_table(scored, [(PLAIN, "greedy"), (ATTENTION, "greedy")]),
         "attention": plot_attention(first[0]) if first else None,
         "table nucleus": error_table(scored, [key for key in REPORTED if key[0] == ATTENTION]),
         "wer-at-k": draw_candidates(scored[ATTENTION]),
         "table examples": example_table(first),
         "lengths": draw_lengths(scored),
+        "table kinds": kind_table(scored),
         "table mistakes": mistake_table(scored[ATTENTION]),
         "machines": utils.machines(r for runs in records.values() for r in runs),
     }
+
+
+def is_spelled_alike(record):
+    """Whether a run was tested, and by the decoding options that the report's tables are about."""
+    final = record.get("final")
+    return bool(final) and (
+        final["nucleus"]["p"] == 0.8
+        and final["beam"]["size"] == 5
+        and final.get("max_len", MAX_LEN) == MAX_LEN  # the first records do not say it
+    )
+
+
+def error(final, way, measure, rows=slice(None)):
+    """A test score ('cer', 'wer' or 'wer@3') over some words' rows of a way of spelling."""
+    if measure == "cer":
+        distances, lengths = np.array(final[way]["distances"]), np.array(final["lengths"])
+        return distances[rows].sum() / lengths[rows].sum()
+    ranks = np.array(final[way]["ranks"])[rows]
+    return 1 - ((ranks >= 1) & (ranks <= (1 if measure == "wer" else 3))).mean()
 
 
 def draw_errors(way, measure):
     """A function (run, random) -> the score of as many words, drawn with replacement."""
 
     def draw(run, random):
-        final = run["final"]
-        rows = random.integers(len(final["lengths"]), size=len(final["lengths"]))
-        if measure == "cer":
-            distances, lengths = np.array(final[way]["distances"]), np.array(final["lengths"])
-            return distances[rows].sum() / lengths[rows].sum()
-        ranks, k = np.array(final[way]["ranks"])[rows], 1 if measure == "wer" else 3
-        return 1 - ((ranks >= 1) & (ranks <= k)).mean()
+        count = len(run["final"]["lengths"])
+        return error(run["final"], way, measure, random.integers(count, size=count))
 
     return draw
 
@@ -918,7 +909,7 @@ def error_table(scored, keys):
                     f"{label}, {way_name(runs[0], way)}",
                     measure.upper(),
                     "–" if reported is None else f"{reported:.4f}",
-                    utils.mean_sd([run["final"][way][measure] for run in runs]),
+                    utils.mean_sd([error(run["final"], way, measure) for run in runs]),
                     len(runs),
                     f"{low:.3f} to {high:.3f}",
                     "–" if reported is None else ("yes" if low <= reported <= high else "no"),
@@ -931,8 +922,11 @@ def error_table(scored, keys):
 def way_name(run, way):
     """How a record's words were spelled."""
     final = run["final"]
-    names = {"nucleus": f"nucleus, p = {final['nucleus']['p']:g}"}
-    return names.get(way) or {"greedy": "greedy", "beam": f"beam of {final['beam']['size']}"}[way]
+    return {
+        "greedy": "greedy",
+        "nucleus": f"nucleus, p = {final['nucleus']['p']:g}",
+        "beam": f"beam of {final['beam']['size']}",
+    }[way]
 
 
 def example_table(runs):
@@ -943,6 +937,18 @@ def example_table(runs):
         for word, spellings in run["final"]["examples"]
     ]
     return utils.markdown_table(["word", "report", "here"], rows, text=3)
+
+
+def kind_table(scored):
+    """Edits of each kind, greedy, in the test words, mean over runs."""
+    kinds = {"replace": "another letter", "delete": "a letter missing", "insert": "one too many"}
+    rows = []
+    for label, runs in scored.items():
+        if runs:
+            counts = [run["final"]["mistakes"]["kinds"] for run in runs]
+            means = (np.mean([count.get(kind, 0) for count in counts]) for kind in kinds)
+            rows.append([label, *(f"{mean:.0f}" for mean in means)])
+    return utils.markdown_table(["system", *kinds.values()], rows)
 
 
 def mistake_table(runs, most=12):
@@ -985,8 +991,9 @@ def draw_candidates(runs):
     return fig
 
 
-def draw_lengths(scored, longest=14):
-    """CER and WER, greedy, of test words by their length, or None without runs."""
+def draw_lengths(scored, shortest=3, longest=14):
+    """CER and WER, greedy, of test words by their length, those shorter or longer with the shortest
+    and longest, or None without runs."""
     labels = [label for label in scored if scored[label]]
     if not labels:
         return None
@@ -994,15 +1001,16 @@ def draw_lengths(scored, longest=14):
     for label, color in zip(labels, utils.COLORS):
         cers, wers = [], []
         for run in scored[label]:
-            lengths = np.minimum(run["final"]["lengths"], longest)
-            distances = np.array(run["final"]["greedy"]["distances"])
-            groups = [lengths == n for n in range(3, longest + 1)]
-            cers.append([distances[g].sum() / max(1, lengths[g].sum()) for g in groups])
-            wers.append([(distances[g] > 0).mean() if g.any() else np.nan for g in groups])
+            final, steps = run["final"], range(shortest, longest + 1)
+            clipped = np.clip(final["lengths"], shortest, longest)
+            groups = [np.flatnonzero(clipped == n) for n in steps]
+            for values, measure in ((cers, "cer"), (wers, "wer")):
+                scores = [error(final, "greedy", measure, g) if len(g) else np.nan for g in groups]
+                values.append(scores)
         for axes, values, name in zip(panels, (cers, wers), ("CER", "WER")):
-            steps = range(3, longest + 1)
             axes.plot(steps, np.mean(values, 0), ".-", color=color, label=label)
-            axes.set(xlabel=f"Length of the word ({longest}: and longer)", ylabel=f"Test {name}")
+            xlabel = f"Letters in the word ({shortest}: and fewer, {longest}: and more)"
+            axes.set(xlabel=xlabel, ylabel=f"Test {name}")
     panels[0].legend()
     return fig
 
@@ -1068,7 +1076,7 @@ def spell_lines(lines, speller, options):
         return
     if max(len(sound) for sound, _ in pairs) > utils.MOST_SYMBOLS:
         raise UserError(f"a word of more than {utils.MOST_SYMBOLS:,} phonemes")
-    unknown = sorted({s for sound, _ in pairs for s in sound} - set(speller.phonemes.symbols))
+    unknown = sorted({s for sound, _ in pairs for s in sound} - set(speller.phonemes.numbers))
     if unknown:
         print(f"Unknown phonemes: {' '.join(unknown)}", file=sys.stderr)
     words, max_len = speller.tensors(pairs), options.max_len

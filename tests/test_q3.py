@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from rapidfuzz.distance import Levenshtein
 
 import hw2_q3
 import utils
@@ -110,7 +109,9 @@ def test_bad_options_end_with_one_line(line, fails, folder, tmp_path):
     argv = line.split()
     if "--data_dir" not in line and not line.startswith("spell"):
         argv += ["--data_dir", folder, "--output_dir", tmp_path]
-    fails(hw2_q3.main, argv)
+    message = fails(hw2_q3.main, argv)
+    named = [word for word in line.split() if len(word) > 2] + ["go with spell"]
+    assert any(word.rstrip("s") in message for word in named)
 
 
 @pytest.mark.parametrize("line", ["", "--use_attn", "--lr 0.01 --seed 3 --hidden_size 64"])
@@ -196,8 +197,9 @@ def test_padding_changes_neither_loss_nor_gradients(vocabularies):
     for batch in (targets, padded):
         model = build(vocabularies)
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        hw2_q3.make_step(model, optimizer, torch.zeros(3))(sources, lengths, batch)
-        gradients.append([p.grad for p in model.parameters()])
+        totals = torch.zeros(3)
+        hw2_q3.make_step(model, optimizer, totals)(sources, lengths, batch)
+        gradients.append([totals, *(p.grad for p in model.parameters())])
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b)
 
@@ -511,12 +513,25 @@ def test_error_rates(predicted, true, characters, words):
     assert hw2_q3.wer(predicted, true) == pytest.approx(words)
 
 
-def test_error_rates_against_rapidfuzz_and_by_chance():
+def distance(a, b):
+    """Levenshtein's, by his recurrence."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+def test_error_rates_against_the_recurrence():
     torch.manual_seed(0)
     draw = lambda: "".join("abc"[i] for i in torch.randint(0, 3, (5,)))  # noqa: E731
     pairs = [(draw(), draw()) for _ in range(50)]
     predicted, true = zip(*pairs)
-    assert hw2_q3.cer(predicted, true) == sum(Levenshtein.distance(a, b) for a, b in pairs) / 250
+    distances = [distance(a, b) for a, b in pairs]
+    assert hw2_q3.cer(predicted, true) == sum(distances) / 250
+    found = hw2_q3.score_candidates([[word] for word in predicted], true)
+    assert found["distances"] == distances
 
 
 def test_wer_at_k():
@@ -529,11 +544,16 @@ def test_scores_of_lists_of_different_length():
         hw2_q3.cer(["a"], ["a", "b"])
 
 
-def test_word_errors_and_mistakes_by_hand():
+def test_scores_and_mistakes_by_hand():
     true = ["abc", "bad", "cafe", "b"]
     candidates = [["abc", "abd"], ["bed", "bad"], ["kafe", "kaf"], ["ba"]]
-    errors = hw2_q3.word_errors(candidates, true)
-    assert errors == {"distances": [0, 1, 1, 1], "ranks": [1, 2, 0, 0]}
+    scores = hw2_q3.score_candidates(candidates, true, 2)
+    words = {"distances": [0, 1, 1, 1], "ranks": [1, 2, 0, 0]}
+    assert scores == {"cer": 3 / 11, "wer": 0.75, "wer@2": 0.5} | words
+    final = {"greedy": scores, "lengths": [3, 3, 4, 1]}
+    assert hw2_q3.error(final, "greedy", "cer") == 3 / 11
+    assert hw2_q3.error(final, "greedy", "wer", [0, 1]) == 0.5
+    assert hw2_q3.error(final, "greedy", "wer@3", [0, 1]) == 0
     found = hw2_q3.mistakes(["abc", "bed", "kafe", "ba"], true, most=2)
     assert found == {"kinds": {"insert": 1, "replace": 2}, "common": [["", "a", 1], ["a", "e", 1]]}
     assert hw2_q3.mistakes(["ac"], ["abc"])["common"] == [["b", "", 1]]
@@ -626,9 +646,9 @@ def test_output_record_and_figures_of_a_run(train, tmp_path, capsys, argv, words
     assert str(tmp_path) not in json.dumps(record)
 
 
-def test_the_best_epochs_weights_are_tested(train, monkeypatch, folder):
-    """The second of three epochs is made the best by its score."""
-    scores = iter([0.9, 0.3, 0.5])
+def test_the_best_epochs_weights_are_tested(train, monkeypatch, tmp_path):
+    """The second of three epochs is made the best by its score; of equal ones the first is."""
+    scores = iter([0.9, 0.3, 0.3])
     weights = []
 
     def cer(predicted, true):
@@ -647,6 +667,49 @@ def test_the_best_epochs_weights_are_tested(train, monkeypatch, folder):
     for name, best in saved["best"].items():
         assert torch.equal(best, weights[1][name])
         assert torch.equal(saved["model"][name], weights[2][name])
+    [path] = tmp_path.glob("out/checkpoints/*.pt")
+    speller, _ = hw2_q3.load_speller(path, "cpu")
+    for name, tested in speller.model.state_dict().items():
+        assert torch.equal(tested, weights[1][name])
+
+
+def test_an_epoch_looks_at_every_batchs_loss(vocabularies, words):
+    pairs = hw2_q3.to_tensors(words.splits["train"], *vocabularies)
+    totals, batches = torch.zeros(3), []
+
+    def step(*batch):
+        batches.append(batch)
+        loss = math.nan if len(batches) == 3 else 1.0
+        totals.add_(torch.tensor([loss, 1.0, float(math.isfinite(loss))]))
+
+    with pytest.raises(utils.Diverged) as stop:
+        hw2_q3.train_epoch(step, totals, pairs, 2)
+    assert stop.value.batch == len(batches) == 3
+
+
+def test_an_unfinished_checkpoint_leaves_the_record_alone(train, tmp_path, folder, monkeypatch):
+    """Trained anew and killed after an epoch, then tested: the record is still the first one's."""
+    record, _ = train()
+    real_save = utils.save_run
+
+    def save(*args, **kwargs):
+        real_save(*args, **kwargs)
+        raise Killed
+
+    monkeypatch.setattr(utils, "save_run", save)
+    with pytest.raises(Killed):
+        train()
+    argv = f"test --data_dir {folder} --output_dir {tmp_path / 'out'} --hidden_size 16 --n_epochs 3"
+    hw2_q3.main(argv.split())
+    [path] = tmp_path.glob("out/figures/runs/*")
+    assert utils.load_record(path) == record
+
+
+def test_the_longest_spelling_is_as_asked(train):
+    record, _ = train("--max_len", 2)
+    assert record["final"]["max_len"] == 2
+    assert all(len(s) <= 2 for _, spellings in record["final"]["examples"] for s in spellings)
+    assert not hw2_q3.is_spelled_alike(record)  # so the report's tables leave it out
 
 
 @pytest.mark.parametrize("losses", [[math.nan], [0.5, math.inf]])
