@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import difflib
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
 import urllib.request
 import warnings
@@ -151,7 +153,8 @@ def add_machine_options(parser, dash):
     group.add_argument(f"{dash}device", help=device)
     threads = "CPU threads a run (default: one a core; one where runs go side by side)"
     group.add_argument(f"{dash}threads", type=number(int, 1, 1024), help=threads)
-    jobs = "runs at once, where there are several (default: one a core; on cuda, one)"
+    jobs = "runs at once, where there are several (default: one a core; on cuda, one; with "
+    jobs += "a scheduler, as many as its workers have threads)"
     group.add_argument(f"{dash}jobs", type=number(int, 1, 1024), help=jobs)
     scheduler = "spread several runs over the workers of this Dask scheduler, tcp://HOST:PORT"
     group.add_argument(f"{dash}scheduler", metavar="ADDRESS", help=scheduler)
@@ -169,6 +172,7 @@ def run_script(main):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt:
@@ -215,13 +219,15 @@ def prepare_device(name=None, threads=None):
 
     Raises UserError if this machine lacks the device.
     """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"device {name!r}: this machine or this PyTorch has none; try cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used ({one_line(error)}); try cpu")
     torch.set_num_threads(threads or len(cores()))
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # where graphs are captured
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Only warn: max pooling's backward pass adds atomically, but its windows do not overlap.
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -331,7 +337,7 @@ class Landscapes:
     splits: dict
     name: str = "photographs"
 
-    @property
+    @functools.cached_property
     def fingerprint(self):
         """12 hexadecimal digits that change with any pixel or label."""
         digest = hashlib.sha256()
@@ -592,12 +598,23 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise UserError(f"{path}: cannot be written ({one_line(error)})")
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _replace(source, path, tries=20):
+    """os.replace, which Windows denies for the moment that another process reads `path`."""
+    for left in reversed(range(tries)):
+        try:
+            return os.replace(source, path)
+        except PermissionError:
+            if os.name != "nt" or left == 0:
+                raise
+            time.sleep(0.1)
 
 
 def save_record(path, record):
@@ -696,6 +713,9 @@ def continue_run(run, model, optimizer, restart=False):
         return anew
     try:
         model.load_state_dict(saved["model"])
+        groups = zip(saved["optimizer"]["param_groups"], optimizer.param_groups)
+        for group, own in groups:  # the run may have begun on another device
+            group |= {name: own[name] for name in ("fused", "capturable") if name in own}
         optimizer.load_state_dict(saved["optimizer"])
     except MISFITS as error:
         raise UserError(f"{run.checkpoint}: of another network ({one_line(error)}); delete it")
@@ -934,7 +954,8 @@ def _progress(tasks):
 
 @contextlib.contextmanager
 def _finished(commands, jobs, scheduler):
-    """An iterator over the commands' CompletedProcess as they end. Leaving ends the others."""
+    """An iterator over the commands' CompletedProcess as they end. Leaving ends the others, but for
+    those that a Dask worker has begun."""
     how = {"cwd": os.getcwd(), "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     how |= {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
     with contextlib.ExitStack() as stack:
@@ -1082,16 +1103,17 @@ def _key(recipe, options):
 
 
 def _read_records(folder, question):
-    """{key: record} of a question's runs; those on built-in samples only if there are no others.
-    Broken ones are named and set aside."""
-    found = {True: {}, False: {}}
+    """{key: record} of a question's runs on one data set, that with the most of them; built-in
+    samples are none. Broken records are named and set aside."""
+    found = {}
     for path in sorted(folder.glob(f"{question}-*.json")):
         record = read_or_set_aside(path)
         if {"final", "diverged_in_epoch"} & record.keys():
             config = record["config"]
-            is_sample = config["data"]["name"] == "sample"
-            found[is_sample][_key(config["recipe"], config["options"])] = record
-    return found[False] or found[True]
+            if config["data"]["name"] != "sample":
+                of_data = found.setdefault(config["data"]["fingerprint"], {})
+                of_data[_key(config["recipe"], config["options"])] = record
+    return max(found.values(), key=len, default={})
 
 
 def _list_missing(script, missing, records):
@@ -1108,11 +1130,12 @@ def _list_missing(script, missing, records):
 
 def _train_missing(script, missing, found, options):
     data = script.load_data(options)
-    known = {record["config"]["data"]["name"] for record in found.values()}
-    if data.name == "sample" and known - {"sample"}:
+    known = {record["config"]["data"]["fingerprint"] for record in found.values()}
+    if data.name == "sample" or known - {data.fingerprint}:
+        needed = "the data of the others" if known else "real data, not the built-in sample"
         raise UserError(
-            f"{len(missing)} runs of the report are missing, and need the data of the others; "
-            "data/README.md says how to get them"
+            f"{len(missing)} runs of the report are missing, and need {needed}; data/README.md "
+            "says how to get them"
         )
     train_many(script, missing, data)
 
