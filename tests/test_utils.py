@@ -286,6 +286,44 @@ def test_writing_where_a_file_stands_in_the_way(tmp_path):
         utils.write_file(tmp_path / "folder" / "x", lambda file: file.write_text("x"))
 
 
+@pytest.mark.parametrize(("system", "tries"), [("nt", 3), ("posix", 1)])
+def test_a_move_that_is_denied_is_tried_again_on_windows(monkeypatch, system, tries):
+    """There nobody can replace a file that another process reads at the moment."""
+    calls = []
+
+    def deny_twice(source, path):
+        calls.append((source, path))
+        if len(calls) < 3:
+            raise PermissionError("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.os, "replace", deny_twice)
+        patch.setattr(utils.time, "sleep", lambda seconds: None)
+        patch.setattr(utils.os, "name", system)
+        error = None
+        try:
+            utils._replace("a", "b")
+        except PermissionError as caught:
+            error = caught
+    assert calls == [("a", "b")] * tries
+    assert (error is None) == (system == "nt")
+
+
+def test_a_run_goes_on_on_another_device(tmp_path):
+    """What an optimizer needs of its device, such as `capturable` on a GPU, is its own."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5, fused=True)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    run = utils.Run("x", CONFIG, tmp_path)
+    utils.save_run(run, model, optimizer, {}, [])
+    other = torch.optim.Adam(model.parameters(), lr=0.1, capturable=True, foreach=False)
+    utils.continue_run(run, model, other)
+    [group] = other.param_groups
+    assert (group["lr"], group["capturable"], group["fused"]) == (0.5, True, None)
+    assert other.state[model.weight]["exp_avg"].abs().sum() > 0
+
+
 def test_record_round_trip(tmp_path):
     record = {"config": CONFIG, "history": {"loss": [0.1, 1e-300, 3.0]}, "text": "ʃ\n"}
     utils.save_record(tmp_path / "r.json", record)
