@@ -158,6 +158,19 @@ def with_entry(name):
     return lambda path: write_zip(path, entries() | {name: picture(1)})
 
 
+def patched(mark, offset, byte):
+    """Write an archive with a byte of its directory changed, `offset` after the last `mark`."""
+
+    def write(path):
+        write_zip(path, entries() | {"seg_train/é.png": picture(1)})
+        content = bytearray(path.read_bytes())
+        place = content.rindex(mark) + offset
+        content[place : place + 1] = byte
+        path.write_bytes(content)
+
+    return write
+
+
 HOSTILE = {
     "a parent path": (with_entry("seg_train/../../sea/x.png"), "path"),
     "a parent path, backslashes": (with_entry("seg_train\\..\\..\\x.png"), "path"),
@@ -165,6 +178,8 @@ HOSTILE = {
     "a drive": (with_entry("C:/seg_train/sea/x.png"), "path"),
     "a link": (a_link, "is a link"),
     "an absurd size": (a_bomb, "unpacks to 65 MiB"),
+    "of a later version": (patched(b"PK\x01\x02", 6, b"\x63"), "not a readable zip"),
+    "a name that is no UTF-8": (patched("é".encode(), 0, b"\xff"), "not a readable zip"),
     "not a zip": (lambda path: path.write_bytes(b"hello"), "not a readable zip"),
     "empty": (lambda path: path.write_bytes(b""), "not a readable zip"),
     "missing": (lambda path: None, "not a readable zip"),
