@@ -37,9 +37,11 @@ RUN_OPTIONS = (
     "epochs", "batch_size", "learning_rate", "l2_decay", "dropout", "optimizer", "batch_norm",
     "head", "pool", "kernel_size", "scramble_pixels", "seed",
 )  # fmt: skip
-# Those that came later; in a run's name and record only where not the default, so that the runs
-# made before keep their names.
-LATER_OPTIONS = {"convs": 1}
+# Those that came later, each with what was done before it; in a run's name and record only where
+# it says something else, so that the runs made before keep their names.
+LATER_OPTIONS = {"convs": 1, "last_batch": "keep"}
+# What is done where the command line does not say: (without batch norm, with it).
+BY_NORM = {"head": ("flatten", "gap"), "last_batch": ("keep", "join")}
 
 
 def parse_options(argv=None):
@@ -57,6 +59,9 @@ def make_parser():
     add = parser.add_argument_group("training").add_argument
     add("-epochs", type=whole, default=40, help="passes over the training pictures")
     add("-batch_size", type=whole, default=8, help="pictures a step")
+    last = "an epoch's last batch, if less than half full: keep it, or join it to the one before, "
+    last += "as always where it is one picture (default: join with batch norm, or else keep)"
+    add("-last_batch", choices=("keep", "join"), help=last)
     several = {"nargs": "+", "action": utils.OneOrMore}
     rate = "step size; several: a run for each, side by side"
     add("-learning_rate", type=real, default=0.01, help=rate, **several)
@@ -104,7 +109,8 @@ def _settle(parser, options):
         if options.convs > 1 or options.pool not in ("max", "none"):
             parser.error(f"-kernel_size {SIZE} is one convolution: nothing to pool or to stack")
         options.pool = "none"
-    options.head = options.head or ("gap" if options.batch_norm else "flatten")
+    for name, usual in BY_NORM.items():
+        setattr(options, name, getattr(options, name) or usual[options.batch_norm])
     if options.batch_norm and options.batch_size == 1:
         parser.error(
             "batch norm needs at least 2 pictures a batch: -batch_size 2 or -no_batch_norm"
@@ -117,16 +123,16 @@ def _settle(parser, options):
 
 def run_options(options):
     """Those of a namespace that can change a run's result, as a dictionary."""
-    later = [name for name, default in LATER_OPTIONS.items() if getattr(options, name) != default]
+    later = [name for name, before in LATER_OPTIONS.items() if getattr(options, name) != before]
     return {name: getattr(options, name) for name in (*RUN_OPTIONS, *later)}
 
 
 def command(options):
     """The command line, without paths and machine, that repeats the run with these options."""
-    shown = {name: value for name, value in options.items() if name != "learning_rate"}
-    if options["head"] == ("gap" if options["batch_norm"] else "flatten"):
-        del shown["head"]  # as it is by default
-    words = ["python hw2_q2.py -learning_rate", options["learning_rate"]]
+    options = LATER_OPTIONS | options
+    usual = {name: values[options["batch_norm"]] for name, values in BY_NORM.items()}
+    shown = {name: value for name, value in options.items() if value != usual.get(name)}
+    words = ["python hw2_q2.py -learning_rate", shown.pop("learning_rate")]
     return " ".join(map(str, [*words, *make_parser().arguments(shown)]))
 
 
@@ -358,14 +364,22 @@ def make_step(model, optimizer, totals):
     return step
 
 
-def train_epoch(step, totals, images, labels, batch_size):
-    """One pass in random order. Returns its mean loss (nats) and its accuracy (0..1), both of the
-    network as it was at each batch, dropout included. Raises utils.Diverged."""
+def batch_sizes(count, batch_size, last_batch="keep"):
+    """How many of `count` pictures each batch of an epoch has. A last batch that is less than half
+    full is joined to the one before if `last_batch` is 'join', and one of a single picture, on
+    which batch norm cannot train, always."""
+    full, rest = divmod(count, batch_size)
+    joined = rest == 1 or (last_batch == "join" and 2 * rest < batch_size)
+    if full and rest and joined:
+        return [batch_size] * (full - 1) + [batch_size + rest]
+    return [batch_size] * full + [rest] * (rest > 0)
+
+
+def train_epoch(step, totals, images, labels, sizes):
+    """One pass in random order, in batches of these sizes. Returns its mean loss (nats) and its
+    accuracy (0..1), both of the network as it was at each batch, dropout included. Raises
+    utils.Diverged."""
     order = torch.randperm(len(labels), device=labels.device)
-    full, rest = divmod(len(labels), batch_size)
-    sizes = [batch_size] * full + [rest] * (rest > 0)
-    if rest == 1 and full:
-        sizes[-2:] = [batch_size + 1]  # batch norm cannot train on a batch of one picture
     totals.zero_()
     batches = tqdm(order.split(sizes), unit="batch", leave=False, disable=None)
     for batch, rows in enumerate(batches, 1):
@@ -437,12 +451,15 @@ def fit(run, model, optimizer, splits, options):
     step = make_step(model, optimizer, totals)
     if totals.is_cuda:
         step = utils.GraphedStep(step, model, optimizer, totals)
+    sizes = batch_sizes(len(splits["train"][1]), options.batch_size, options.last_batch)
+    if options.batch_norm and sizes == [1]:
+        raise UserError("batch norm needs at least 2 training pictures; try -no_batch_norm")
     for epoch in range(len(seconds) + 1, options.epochs + 1):
         started = time.perf_counter()
         utils.seed_everything(options.seed, epoch)
         model.train()
         try:
-            loss, accuracy = train_epoch(step, totals, *splits["train"], options.batch_size)
+            loss, accuracy = train_epoch(step, totals, *splits["train"], sizes)
         except utils.Diverged as diverged:
             return history, seconds, diverged.batch
         valid = evaluate(model, *splits["val"])
@@ -488,8 +505,8 @@ def train(run, data, device, options):
     mark = " (built-in sample)" if data.name == "sample" else ""
     print(f"Valid acc: {final['val']['accuracy']:.4f}{mark}")
     print(f"Final Test acc: {final['test']['accuracy']:.4f}{mark}")
-    utils.save_record(run.record, record)
     draw_figures(run.figures, record, model, *data.splits["test"], splits["test"][0])
+    utils.save_record(run.record, record)  # last: a run with a record is complete
     utils.finish_run(run)
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
 
@@ -599,7 +616,8 @@ SYSTEMS = (
     utils.System("plain, rate 0.001", "-no_batch_norm -learning_rate 0.001"),
     utils.System("batch norm + pooling", "-learning_rate 0.01"),
     utils.System("plain, scrambled", "-no_batch_norm -scramble_pixels", 2),
-    utils.System("batch norm + pooling, scrambled", "-scramble_pixels", 2),
+    utils.System("batch norm + pooling, last batch kept", "-last_batch keep"),
+    utils.System("batch norm + pooling, scrambled", "-scramble_pixels -last_batch keep", 2),
     utils.System("batch norm, flattened", "-head flatten", 2, "all"),
     utils.System("pooling without batch norm", "-no_batch_norm -head gap", 2, "all"),
     utils.System("plain, dropout 0.3", "-no_batch_norm -dropout 0.3", 2, "all"),
@@ -619,11 +637,14 @@ REPORTED = {
     "plain, rate 0.01": (0.7293, 0.6970),
     "plain, rate 0.001": (0.5798, 0.5743),
     "batch norm + pooling": (0.7528, 0.7460),
+    "batch norm + pooling, last batch kept": (0.7528, 0.7460),
     "plain, scrambled": (0.7293, 0.6970),
     "batch norm + pooling, scrambled": (0.7528, 0.7460),
 }
 RATES = "plain, rate 0.1", "plain, rate 0.01", "plain, rate 0.001"
 BEST_PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
+KEPT = "batch norm + pooling, last batch kept"
+SCRAMBLED = "plain, scrambled", BEST_PLAIN, "batch norm + pooling, scrambled", KEPT
 CHANGES = BEST_PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
 REGULARISED = BEST_PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", VARIANT
 KERNELS = "kernels 3x3", "kernels 5x5", "kernels 7x7", "two 3x3 a block", "one 48x48"
@@ -636,31 +657,32 @@ def report_parts(records):
 
     records: {label: list of run records}, empty where a system was not trained.
     """
+    every = records
+    records = {label: [r for r in runs if r["history"]] for label, runs in every.items()}
     curves = {"train_loss": "Training loss (nats)", "val_accuracy": "Validation accuracy"}
     rates = [label for label in RATES if records[label]]
     best = max(rates, key=lambda label: statistics.mean(map(late, records[label])), default="–")
     return {
         "rates": draw_bands(records, RATES, curves),
-        "table rates": accuracy_table(records, RATES),
+        "table rates": accuracy_table(every, RATES),
         "best rate": best.rpartition(" ")[2],
         "variant": draw_bands(records, (BEST_PLAIN, VARIANT), curves),
-        "table variant": accuracy_table(records, (BEST_PLAIN, VARIANT)),
+        "table variant": accuracy_table(every, (BEST_PLAIN, VARIANT, KEPT)),
+        "last-batch": draw_bands(records, (VARIANT, KEPT), curves),
         "table parameters": "\n\n".join(parameter_markdown(*network) for network in NETWORKS),
         "totals": explain_totals(),
         "size": draw_size(records),
-        "table size": size_table(records),
+        "table size": table(records, CHANGES, *SIZE_COLUMNS),
         "changes": draw_bands(records, CHANGES, curves),
-        "table changes": gap_table(records, CHANGES),
+        "table changes": table(records, CHANGES, *GAP_COLUMNS),
         "overfitting": draw_overfitting(records),
-        "table overfitting": gap_table(records, REGULARISED),
-        "table kernels": kernel_table(records, KERNELS),
-        "table pools": kernel_table(records, POOLS),
+        "table overfitting": table(records, REGULARISED, *GAP_COLUMNS),
+        "table kernels": table(records, KERNELS, *KERNEL_COLUMNS),
+        "table pools": table(records, POOLS, *KERNEL_COLUMNS),
         "moved": draw_moved(records),
         "table sizes": sizes_table(records),
         "scrambled": draw_scrambled(records),
-        "table scrambled": accuracy_table(
-            records, ("plain, scrambled", BEST_PLAIN, "batch norm + pooling, scrambled", VARIANT)
-        ),
+        "table scrambled": accuracy_table(every, SCRAMBLED),
         "running-mean": draw_running_mean(records[BEST_PLAIN]),
         "machines": utils.machines(r for runs in records.values() for r in runs),
     }
@@ -725,41 +747,6 @@ def seconds_an_epoch(record):
     return statistics.median(record["measured"]["seconds"])
 
 
-def size_table(records):
-    """Accuracy, convergence and time against parameters."""
-    rows = []
-    for label in CHANGES:
-        if runs := with_scores(records[label]):
-            _, products = field_and_products(build_model(runs[0]["config"]["options"]))
-            rows.append(
-                [
-                    label,
-                    f"{runs[0]['parameters']:,}",
-                    f"{products / 1e6:.1f}",
-                    utils.mean_sd([late(run) for run in runs]),
-                    ", ".join(str(first_epoch(run) or "never") for run in runs),
-                    ", ".join(f"{seconds_an_epoch(run):.0f}" for run in runs),
-                ]
-            )
-    head = "network", "parameters", "multiply-adds (millions)", "validation, late epochs"
-    head += "first epoch at .75, each run", "seconds an epoch, each run"
-    return utils.markdown_table(head, rows)
-
-
-def gap_table(records, labels):
-    """Accuracies on training, validation and test pictures and the gap between the first two."""
-    rows = []
-    for label in labels:
-        if runs := with_scores(records[label]):
-            train, val = accuracy(runs, "train"), accuracy(runs, "val")
-            gap = [a - b for a, b in zip(train, val)]
-            columns = train, val, accuracy(runs, "test"), gap, [late(run) for run in runs]
-            rows.append([label, *map(utils.mean_sd, columns), len(runs)])
-    head = "network", "training", "validation", "test", "training - validation"
-    head += "validation, late epochs", "runs"
-    return utils.markdown_table(head, rows)
-
-
 def field_and_products(model):
     """Pixels across that a position of the last convolution's map depends on, and the
     multiply-adds of one picture's way through the network."""
@@ -780,28 +767,52 @@ def field_and_products(model):
     return field, products
 
 
-def kernel_table(records, labels):
-    """What each kind of kernel or pooling costs and gives."""
-    rows = []
-    for label in labels:
-        if runs := with_scores(records[label]):
-            model = build_model(runs[0]["config"]["options"])
-            field, products = field_and_products(model)
-            rows.append(
-                [
-                    label,
-                    f"{field} x {field}",
-                    f"{runs[0]['parameters']:,}",
-                    f"{products / 1e6:.1f}",
-                    f"{statistics.mean(map(seconds_an_epoch, runs)):.0f}",
-                    utils.mean_sd([late(run) for run in runs]),
-                    utils.mean_sd(accuracy(runs, "test")),
-                    len(runs),
-                ]
-            )
-    head = "convolutions", "receptive field", "parameters", "multiply-adds (millions)"
-    head += "seconds an epoch", "validation, late epochs", "test, last epoch", "runs"
-    return utils.markdown_table(head, rows)
+def model_of(runs):
+    """The network that these runs trained, before its training."""
+    return build_model(runs[0]["config"]["options"])
+
+
+def each_run(measure, digits):
+    """A column that names measure(run) of each run."""
+
+    def column(runs):
+        values = map(measure, runs)
+        return ", ".join("never" if value is None else f"{value:{digits}}" for value in values)
+
+    return column
+
+
+LATE = "validation, late epochs"
+COLUMNS = {  # of a table: its head, and what it says of a system's runs
+    "parameters": lambda runs: f"{runs[0]['parameters']:,}",
+    "receptive field": lambda runs: "{0} x {0}".format(field_and_products(model_of(runs))[0]),
+    "multiply-adds (millions)": lambda runs: f"{field_and_products(model_of(runs))[1] / 1e6:.1f}",
+    "first epoch at .75, each run": each_run(first_epoch, "d"),
+    "seconds an epoch, each run": each_run(seconds_an_epoch, ".0f"),
+    "training": lambda runs: utils.mean_sd(accuracy(runs, "train")),
+    "validation": lambda runs: utils.mean_sd(accuracy(runs, "val")),
+    "test": lambda runs: utils.mean_sd(accuracy(runs, "test")),
+    "training - validation": lambda runs: utils.mean_sd(
+        [a - b for a, b in zip(accuracy(runs, "train"), accuracy(runs, "val"))]
+    ),
+    LATE: lambda runs: utils.mean_sd([late(run) for run in runs]),
+    "runs": len,
+}
+SIZE_COLUMNS = "parameters", "multiply-adds (millions)", LATE, "first epoch at .75, each run"
+SIZE_COLUMNS += ("seconds an epoch, each run",)
+GAP_COLUMNS = "training", "validation", "test", "training - validation", LATE, "runs"
+KERNEL_COLUMNS = "receptive field", "parameters", "multiply-adds (millions)"
+KERNEL_COLUMNS += "seconds an epoch, each run", LATE, "test", "runs"
+
+
+def table(records, labels, *columns):
+    """A row for each system with runs that did not diverge: these of COLUMNS."""
+    rows = [
+        [label, *(COLUMNS[column](runs) for column in columns)]
+        for label in labels
+        if (runs := with_scores(records[label]))
+    ]
+    return utils.markdown_table(["network", *columns], rows)
 
 
 def sizes_table(records):
@@ -898,8 +909,6 @@ def draw_moved(records):
 
 def draw_scrambled(records):
     """A drawn picture as it is and as the course's loader passed it on; accuracies with both."""
-    labels = BEST_PLAIN, "plain, scrambled", VARIANT, "batch norm + pooling, scrambled"
-    labels = [label for label in labels if records[label]]
     fig, (left, middle, right) = utils.figure(7.0, 2.9, 1, 3, width_ratios=(1, 1, 2))
     picture = torch.from_numpy(sample.draw_landscape("mountain", np.random.default_rng(1)))
     scrambled = scramble_pixels(picture.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
@@ -907,11 +916,10 @@ def draw_scrambled(records):
         axes.imshow(image.numpy(), interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
-    for label, color in zip(
-        labels, (utils.COLORS[0], utils.COLORS[4], utils.COLORS[2], utils.COLORS[1])
-    ):
-        runs = [record["history"]["val_accuracy"] for record in records[label]]
-        utils.plot_bands(right, runs, color, label)
+    colors = utils.ORANGE, utils.BLUE, utils.VERMILION, utils.GREEN
+    for label, color in zip(SCRAMBLED, colors):
+        if runs := [record["history"]["val_accuracy"] for record in records[label]]:
+            utils.plot_bands(right, runs, color, label)
     right.set(xlabel="Epoch", ylabel="Validation accuracy")
     utils.legend_above(fig, right)
     return fig

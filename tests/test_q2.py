@@ -350,6 +350,35 @@ def test_record_figures_and_output_of_a_run(train, tmp_path, capsys):
         assert Image.open(path).width >= 600
 
 
+@pytest.mark.parametrize(
+    "count, last_batch, sizes",
+    [
+        (16, "keep", [8, 8]),
+        (19, "keep", [8, 8, 3]),
+        (19, "join", [8, 11]),
+        (20, "join", [8, 8, 4]),
+        (17, "keep", [8, 9]),  # batch norm cannot train on a single picture
+        (3, "join", [3]),
+        (1, "keep", [1]),
+    ],
+)
+def test_batch_sizes(count, last_batch, sizes):
+    assert hw2_q2.batch_sizes(count, 8, last_batch) == sizes
+
+
+def test_the_last_batch_is_joined_with_batch_norm_and_kept_without():
+    """So that runs of the plain network, recorded before there was a choice, keep their names."""
+    defaults = {"": ("join", "join"), "-no_batch_norm": ("keep", None)}
+    for argv, (default, recorded) in defaults.items():
+        settled = options(*argv.split())
+        assert settled.last_batch == default
+        assert hw2_q2.run_options(settled).get("last_batch") == recorded
+        assert "last_batch" not in hw2_q2.command(hw2_q2.run_options(settled))
+        other = {"keep": "join", "join": "keep"}[default]
+        asked = hw2_q2.run_options(options("-last_batch", other, *argv.split()))
+        assert f"-last_batch {other}" in hw2_q2.command(asked)
+
+
 def test_training_loss_is_each_epochs_own(landscapes):
     """A step that is told what to add: the mean is over this epoch's pictures alone."""
     totals = torch.zeros(3)
@@ -360,16 +389,17 @@ def test_training_loss_is_each_epochs_own(landscapes):
         totals.add_(torch.tensor([2.0 * len(labels), 1.0, 1.0]))
 
     for _ in range(2):
-        result = hw2_q2.train_epoch(step, totals, *landscapes.splits["train"], batch_size=5)
-        assert result == pytest.approx((2.0, 7 / 36))
-    assert seen == [5, 5, 5, 5, 5, 5, 6] * 2  # no batch of a single picture
+        result = hw2_q2.train_epoch(step, totals, *landscapes.splits["train"], [20, 16])
+        assert result == pytest.approx((2.0, 2 / 36))
+    assert seen == [20, 16] * 2
 
 
 def test_an_epoch_shows_every_picture_once(landscapes):
     images, labels = landscapes.splits["train"]
     seen = []
     totals = torch.zeros(3)
-    hw2_q2.train_epoch(lambda x, y: seen.append((x, y)), totals, images, labels, batch_size=8)
+    sizes = hw2_q2.batch_sizes(len(labels), 8)
+    hw2_q2.train_epoch(lambda x, y: seen.append((x, y)), totals, images, labels, sizes)
     assert [len(y) for _, y in seen] == [8, 8, 8, 8, 4]
     pixels = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels)}
     shown = {x.numpy().tobytes(): int(y) for xs, ys in seen for x, y in zip(xs, ys)}

@@ -17,45 +17,49 @@ RECORDS = [utils.load_record(path) for path in sorted(utils.ROOT.glob("figures/r
 RECORDS = [record for record in RECORDS if record["config"]["data"]["name"] != "sample"]
 
 
-def select(question, **options):
-    """The records of a question with these options, of all seeds."""
+def runs_of(script, label):
+    """The records of one of a script's systems, of all seeds."""
+    [system] = [system for system in script.SYSTEMS if system.label == label]
+    wanted = script.run_options(script.parse_options(system.arguments.split()))
     configs = [(record, record["config"]) for record in RECORDS]
     return [
         record
         for record, config in configs
-        if config["question"] == question and options.items() <= config["options"].items()
+        if config["question"] == script.QUESTION
+        and config["options"] | {"seed": wanted["seed"]} == wanted
     ]
 
 
-PLAIN = {"batch_norm": False, "head": "flatten", "epochs": 40, "dropout": 0.1, "l2_decay": 0.0}
-VARIANT = PLAIN | {"batch_norm": True, "head": "gap"}
 Q2 = {
-    "plain, rate 0.1 | .5684 / .5743": PLAIN | {"learning_rate": 0.1},
-    "plain, rate 0.01 | .7293 / .6970": PLAIN | {"learning_rate": 0.01},
-    "plain, rate 0.001 | .5798 / .5743": PLAIN | {"learning_rate": 0.001},
-    "batch norm + pooling, rate 0.01 | .7528 / .7460": VARIANT | {"learning_rate": 0.01},
+    "plain, rate 0.1 | .5684 / .5743": ("plain, rate 0.1", None),
+    "plain, rate 0.01 | .7293 / .6970": ("plain, rate 0.01", "plain, scrambled"),
+    "plain, rate 0.001 | .5798 / .5743": ("plain, rate 0.001", None),
+    "batch norm + pooling, rate 0.01, last batch kept | .7528 / .7460": (
+        "batch norm + pooling, last batch kept",
+        "batch norm + pooling, scrambled",
+    ),
+    "batch norm + pooling, rate 0.01 | .7528 / .7460": ("batch norm + pooling", None),
 }
 
 
-def row_of_question_2(start, options):
-    scrambled, ordered = (
-        [r for r in select("q2", **options, scramble_pixels=flag) if "final" in r]
-        for flag in (True, False)
-    )
-    diverged = len(select("q2", **options)) - len(scrambled) - len(ordered)
+def row_of_question_2(start, label, scrambled):
+    runs = runs_of(hw2_q2, label)
+    ordered = hw2_q2.with_scores(runs)
+    scrambled = runs_of(hw2_q2, scrambled) if scrambled else []
     columns = [
         " / ".join(utils.mean_sd(hw2_q2.accuracy(runs, split)) for split in ("val", "test"))
         for runs in (scrambled, ordered)
     ]
     count = f"{len(scrambled)}, {len(ordered)}" if scrambled else f"{len(ordered)}"
+    diverged = len(runs) - len(ordered)
     count += f", {diverged} more diverged" if diverged else ""
     columns += utils.mean_sd([hw2_q2.late(r) for r in ordered]), count
     return f"| {start} | {' | '.join(columns)} |".replace("– / –", "–")
 
 
-@pytest.mark.parametrize(("start", "options"), Q2.items(), ids=Q2)
-def test_question_2(start, options):
-    assert row_of_question_2(start, options) in README.splitlines()
+@pytest.mark.parametrize(("start", "labels"), Q2.items(), ids=Q2)
+def test_question_2(start, labels):
+    assert row_of_question_2(start, *labels) in README.splitlines()
 
 
 MEASURES = {
@@ -64,17 +68,16 @@ MEASURES = {
     "beam": ("cer", "wer", "wer@3"),
 }
 Q3 = {
-    "no attention, greedy | .4354 / .9040": ("greedy", False),
-    "attention, greedy | .2677 / .8090": ("greedy", True),
-    "attention, nucleus, p = 0.8 | .3139 / .8550 / .7550": ("nucleus", True),
-    "attention, beam of 5 | - ": ("beam", True),
+    "no attention, greedy | .4354 / .9040": ("greedy", "no attention"),
+    "attention, greedy | .2677 / .8090": ("greedy", "attention"),
+    "attention, nucleus, p = 0.8 | .3139 / .8550 / .7550": ("nucleus", "attention"),
+    "attention, beam of 5 | - ": ("beam", "attention"),
 }
 
 
 def row_of_question_3(start, system):
-    kind, use_attn = system
-    records = select("q3", use_attn=use_attn, n_epochs=20, hidden_size=128, lr=0.003)
-    scores = [record["final"][kind] for record in records]
+    kind, label = system
+    scores = [record["final"][kind] for record in runs_of(hw2_q3, label)]
     assert all(score.get("p", 0.8) == 0.8 and score.get("size", 5) == 5 for score in scores)
     ours = " / ".join(
         utils.mean_sd([score[measure] for score in scores]) for measure in MEASURES[kind]
@@ -103,8 +106,12 @@ def test_records_name_their_machines():
 def test_records_hold_no_paths_and_can_be_repeated():
     assert RECORDS
     for record in RECORDS:
-        assert record["command"].startswith(f"python hw2_{record['config']['question']}.py")
-        assert "/" not in "".join(map(str, record["config"]["options"].values()))
+        config = record["config"]
+        script, _ = SCRIPTS[config["question"]]
+        python, name, *words = record["command"].split()
+        assert (python, name) == ("python", f"{script.__name__}.py")
+        assert script.run_options(script.parse_options(words)) == config["options"]
+        assert "/" not in "".join(map(str, config["options"].values()))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -183,8 +190,50 @@ def test_a_broken_record_is_set_aside(committed, capsys):
     assert broken.with_suffix(".broken").exists()
 
 
+def test_records_of_other_data_stay_out(committed):
+    """Also where there are real ones of the same options, or samples."""
+    regenerate("q3", committed)
+    before = contents(committed)
+    runs = committed / "figures" / "runs"
+    record = utils.load_record(next(runs.glob("q3-attn-lr0.003-seed42-*")))
+    record["final"]["greedy"]["cer"] = 0.001
+    for name, fingerprint in (("pronunciations", "f" * 12), ("sample", "0" * 12)):
+        record["config"]["data"] = {"name": name, "fingerprint": fingerprint}
+        utils.save_record(runs / f"q3-zzz-{name}.json", record)
+    regenerate("q3", committed)
+    assert contents(committed) == before
+
+
+@pytest.mark.parametrize("question", SCRIPTS)
+def test_a_run_that_diverged_at_once_breaks_no_report(committed, question):
+    for path in (committed / "figures" / "runs").glob(f"{question}-*"):
+        record = utils.load_record(path)
+        record |= {"history": {}, "diverged_in_epoch": 1, "diverged_in_batch": 1}
+        utils.save_record(path, {k: v for k, v in record.items() if k != "final"})
+        if "-seed42-" not in path.name:
+            path.unlink()
+    regenerate(question, committed)
+    text = (committed / "figures" / "README.md").read_text(encoding="utf-8")
+    assert "not trained yet" in text
+
+
+def test_error_rates_by_length():
+    """Question 3's figure, at its last point, from the records' words."""
+    runs = runs_of(hw2_q3, "attention")
+    fig = hw2_q3.draw_lengths({"attention": runs})
+    for axes, index in zip(fig.axes, (0, 1)):
+        [line] = axes.get_lines()
+        rates = []
+        for run in runs:
+            words = zip(run["final"]["lengths"], run["final"]["greedy"]["distances"])
+            long = [(length, distance) for length, distance in words if length >= 14]
+            lengths, distances = map(np.array, zip(*long))
+            rates.append([distances.sum() / lengths.sum(), (distances > 0).mean()][index])
+        assert line.get_ydata()[-1] == pytest.approx(np.mean(rates))
+
+
 def test_figures_show_the_records(committed):
-    records = {label: select("q2", **options) for label, options in Q2_SYSTEMS.items()}
+    records = {label: runs_of(hw2_q2, label) for label in SMALL}
     fig = hw2_q2.draw_bands(records, tuple(records), {"val_accuracy": "Validation accuracy"})
     lines = fig.axes[0].get_lines()
     assert len(lines) == len(records)
@@ -202,9 +251,9 @@ def test_figures_show_the_records(committed):
 @pytest.fixture
 def small(monkeypatch, tmp_path, landscapes_path):
     """small(*argv) -> question 2's report over two tiny systems, two seeds each."""
-    kept = [dataclasses.replace(s, seeds=2) for s in hw2_q2.SYSTEMS if s.label in Q2_SYSTEMS]
+    kept = [dataclasses.replace(s, seeds=2) for s in hw2_q2.SYSTEMS if s.label in SMALL]
     short = [dataclasses.replace(s, arguments=f"{s.arguments} -epochs 1") for s in kept]
-    rest = [s for s in hw2_q2.SYSTEMS if s.label not in Q2_SYSTEMS]
+    rest = [s for s in hw2_q2.SYSTEMS if s.label not in SMALL]
     systems = (*short, *(dataclasses.replace(s, group="never") for s in rest))
     monkeypatch.setattr(hw2_q2, "SYSTEMS", systems)
 
@@ -215,10 +264,7 @@ def small(monkeypatch, tmp_path, landscapes_path):
     return report
 
 
-Q2_SYSTEMS = {
-    "plain, rate 0.01": PLAIN | {"learning_rate": 0.01, "scramble_pixels": False},
-    "batch norm + pooling": VARIANT | {"learning_rate": 0.01, "scramble_pixels": False},
-}
+SMALL = "plain, rate 0.01", "batch norm + pooling"
 
 
 def test_what_is_missing_is_trained_and_nothing_else(small, tmp_path, capsys):
@@ -248,8 +294,12 @@ def test_missing_runs_do_not_mix_samples_with_photographs(committed, monkeypatch
     monkeypatch.setattr(hw2_q2, "DATA_PATH", committed / "nothing.npz")
     for path in (committed / "figures" / "runs").glob("q2-bn-gap-lr0.01-seed1-*"):
         path.unlink()
+    argv = ["-report", "-only", "batch norm + pooling", "-output_dir", str(committed)]
     with pytest.raises(UserError, match="need the data of the others"):
-        hw2_q2.main(["-report", "-only", "batch norm + pooling", "-output_dir", str(committed)])
+        hw2_q2.main(argv)
+    shutil.rmtree(committed / "figures")
+    with pytest.raises(UserError, match="need real data"):
+        hw2_q2.main(argv)
 
 
 def test_intervals_hold_what_they_should():
