@@ -1009,7 +1009,7 @@ def draw_lengths(scored, shortest=3, longest=14):
                 values.append(scores)
         for axes, values, name in zip(panels, (cers, wers), ("CER", "WER")):
             axes.plot(steps, np.mean(values, 0), ".-", color=color, label=label)
-            xlabel = f"Letters in the word ({shortest}: and fewer, {longest}: and more)"
+            xlabel = f"Letters a word ({shortest}: or fewer, {longest}: or more)"
             axes.set(xlabel=xlabel, ylabel=f"Test {name}")
     panels[0].legend()
     return fig
