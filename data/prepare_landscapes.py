@@ -205,6 +205,8 @@ def prepare(found, output, seed, drop_duplicates):
         images, labels = images[keep], labels[keep]
         print(f"{len(drop)} training pictures left out")
     valid = split_validation(labels, seed)
+    if valid.all():
+        raise UserError(f"{len(labels)} training pictures are too few to split off validation")
     splits = {
         "train": (images[~valid], labels[~valid]),
         "val": (images[valid], labels[valid]),

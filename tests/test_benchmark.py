@@ -9,6 +9,8 @@ from tests import benchmark
 def test_the_benchmark_runs(tmp_path, capsys):
     benchmark.main(["--quick", "--output", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.png"]
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert results["spelling"]["same_spellings"]
     lines = capsys.readouterr().out
     for heading in (
         "milliseconds a step",
@@ -33,6 +35,7 @@ def test_the_limit_by_hand():
 
 def test_the_readme_says_what_was_measured():
     results = json.loads((utils.ROOT / "figures" / "benchmark.json").read_text())
+    assert results["spelling"]["same_spellings"]
     lines = (utils.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for row in benchmark.readme_table(results):
         assert row in lines

@@ -3,7 +3,7 @@ error: `--fuzz 100000` for a long search."""
 
 import contextlib
 import io
-import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -143,8 +143,11 @@ with zipfile.ZipFile(ARCHIVE, "w", zipfile.ZIP_DEFLATED) as file:
 def test_spoiled_archives(folder, content):
     (folder / "x.zip").write_bytes(content)
     argv = ["--archive", str(folder / "x.zip"), "--output", str(folder / "out.npz")]
+    (folder / "out.npz").unlink(missing_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
         taken_or_refused(prepare_landscapes.main, argv)
+    if (folder / "out.npz").exists():
+        assert_landscapes(utils.load_landscapes(folder / "out.npz"))
 
 
 LINES = st.lists(
@@ -170,8 +173,14 @@ def test_lists_of_words(folder, content):
 def test_wikipron(folder, content):
     (folder / "wiki.tsv").write_bytes(content)
     argv = f"--tsv {folder / 'wiki.tsv'} --output_dir {folder / 'split'} --valid 1 --test 1"
+    shutil.rmtree(folder / "split", ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         taken_or_refused(prepare_pronunciations.main, [*argv.split(), "--train", "all"])
+    if (folder / "split").exists():
+        splits = utils.load_pronunciations(folder / "split").splits.values()
+        spellings = [{word for _, word in pairs} for pairs in splits]
+        assert all(spellings)
+        assert sum(map(len, spellings)) == len(set.union(*spellings))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -293,4 +302,13 @@ def test_command_lines(name, words):
             [line] = errors.getvalue().split("\n")[:-1]
             assert "error: " in line
         else:
-            assert json.dumps(vars(options), default=str)
+            repeats_itself(name, options)
+
+
+def repeats_itself(name, options):
+    """Each run that the options of a question ask for is that of its recorded command."""
+    script, rate = {"q2": (hw2_q2, "learning_rate"), "q3": (hw2_q3, "lr")}.get(name, (None, None))
+    for one in utils.each(options, rate, "seed") if script else []:
+        chosen = script.run_options(one)
+        words = script.command(chosen).split()[2:]
+        assert script.run_options(script.parse_options(words)) == chosen

@@ -15,7 +15,7 @@ from torch import nn
 import hw2_q2
 import utils
 from tests import benchmark
-from tests.conftest import CONFIG, DATA, Killed, assert_equal_runs, save_checkpoint
+from tests.conftest import DATA, Killed, assert_equal_runs, save_checkpoint
 from utils import CLASSES
 
 # ----------------------------------------------------------------------------------------------
@@ -297,12 +297,33 @@ def test_adam_sees_fc1s_gradient():
     assert model.fc1.weight.grad.abs().sum() > 0
 
 
+def test_networks_see_pixels_divided_by_255():
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    inputs = hw2_q2.as_input(pixels.repeat(2, 1, 48, 48))
+    assert inputs[1, :, 5, 7].tolist() == pytest.approx([0, 0.2, 1])
+    assert inputs.dtype == torch.float32
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_step_adds_summed_loss_right_answers_and_one():
+    o = options("-no_batch_norm", "-dropout", 0)
+    model, labels = hw2_q2.build_model(o).train(), torch.arange(5)
+    images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
+    log_probs, totals = model(hw2_q2.as_input(images)).detach(), torch.tensor([10.0, 2.0, 1.0])
+    hw2_q2.make_step(model, hw2_q2.make_optimizer(model, o), totals)(images, labels)
+    loss = -log_probs[range(5), labels].sum().item()
+    right = (log_probs.argmax(1) == labels).sum().item()
+    assert totals.tolist() == pytest.approx([10 + loss, 2 + right, 2], abs=1e-4)
+
+
 def test_scrambling_is_the_courses():
-    picture = torch.arange(2 * 3 * 48 * 48).reshape(2, 3, 48, 48)
-    flat = picture.permute(0, 2, 3, 1).flatten(1)  # as the course's file has it
-    scrambled = hw2_q2.scramble_pixels(picture)
-    assert torch.equal(scrambled.flatten(1), flat)
-    assert not torch.equal(scrambled, picture)
+    """The first row holds the colours of the first sixteen pixels, one after the other."""
+    [p] = picture = torch.arange(3 * 48 * 48).reshape(1, 3, 48, 48)
+    [scrambled] = hw2_q2.scramble_pixels(picture)
+    assert scrambled[0, 0, :4].tolist() == [p[0, 0, 0], p[1, 0, 0], p[2, 0, 0], p[0, 0, 1]]
+    assert scrambled[0, 1, 0] == p[0, 0, 16]
+    assert scrambled[1, 0, 0] == p[0, 16, 0]
+    assert scrambled.unique().numel() == picture.numel()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -364,6 +385,31 @@ def test_record_figures_and_output_of_a_run(train, tmp_path, capsys):
 )
 def test_batch_sizes(count, last_batch, sizes):
     assert hw2_q2.batch_sizes(count, 8, last_batch) == sizes
+
+
+@pytest.mark.parametrize(
+    ("argv", "sizes"),
+    [
+        ([], [11, 11, 14]),
+        (["-last_batch", "keep"], [11, 11, 11, 3]),
+        (["-no_batch_norm"], [11, 11, 11, 3]),
+        (["-no_batch_norm", "-last_batch", "join"], [11, 11, 14]),
+    ],
+    ids=str,
+)
+def test_training_has_the_batches_it_was_told(train, monkeypatch, argv, sizes):
+    seen, real = [], hw2_q2.train_epoch
+    monkeypatch.setattr(hw2_q2, "train_epoch", lambda *a: (seen.append(a[-1]), real(*a))[1])
+    train("-batch_size", 11, *argv)  # of 36 pictures three are left over
+    assert seen == [sizes] * 2
+
+
+def test_one_picture_is_too_few_for_batch_norm(arrays, tmp_path, fails):
+    few = {name: array[:1] if "train" in name else array for name, array in arrays.items()}
+    np.savez(tmp_path / "x.npz", **few)
+    argv = ["-epochs", 1, "-data_path", tmp_path / "x.npz", "-output_dir", tmp_path]
+    assert "at least 2 training pictures" in fails(hw2_q2.main, argv)
+    hw2_q2.main([str(word) for word in (*argv, "-no_batch_norm")])
 
 
 def test_the_last_batch_is_joined_with_batch_norm_and_kept_without():
@@ -672,22 +718,46 @@ def test_predictions_as_a_table(trained, pictures, capsys):
         assert sum(map(float, shares)) == pytest.approx(1, abs=0.004)
 
 
-def test_the_best_checkpoint_on_photographs_is_chosen(tmp_path):
+def test_the_best_checkpoint_on_photographs_is_chosen(trained, pictures, capsys):
+    (first,) = (trained / "checkpoints").glob("*.pt")
+    saved = utils.load_checkpoint(first)
+
     def save(name, data, *accuracies):
+        config = saved["config"] | {"data": DATA | {"name": data}}
         history = {"val_accuracy": list(accuracies)}
-        path = tmp_path / f"q2-{name}.pt"
-        config = CONFIG | {"data": DATA | {"name": data}}
         seconds = [1.0] * len(accuracies)
-        save_checkpoint(path, config=config, history=history, seconds=seconds)
+        parts = {"config": config, "history": history, "seconds": seconds}
+        utils.save_checkpoint(first.with_name(f"q2-{name}.pt"), **saved | parts)
 
-    def best():
-        return utils.best_checkpoint(tmp_path, "q2", lambda s: s["history"]["val_accuracy"][-1])
+    def chosen(*argv):
+        hw2_q2.main(["-predict", str(pictures), "-output_dir", str(trained), *map(str, argv)])
+        return capsys.readouterr().err
 
+    first.unlink()
     save("sample", "sample", 0.99)
-    assert best().name == "q2-sample.pt"
+    assert "q2-sample.pt (validation accuracy 0.9900, trained on the built-in SAMPLE)" in chosen()
     save("a", "photographs", 0.9, 0.6)  # its weights are the last epoch's
     save("b", "photographs", 0.5, 0.7)
-    assert best().name == "q2-b.pt"
+    assert "q2-b.pt (validation accuracy 0.7000)" in chosen()
+    assert "q2-a.pt" in chosen("-checkpoint", first.with_name("q2-a.pt"))
+
+
+def test_a_network_of_scrambled_pictures_is_scored_and_asked_with_them(
+    train, tmp_path, pictures, landscapes, capsys
+):
+    record, _ = train("-scramble_pixels")
+    (path,) = tmp_path.glob("out/checkpoints/*.pt")
+    model, _ = hw2_q2.load_network(path)
+    for split in utils.SPLITS:
+        images, labels = landscapes.splits[split]
+        scrambled = hw2_q2.evaluate(model, hw2_q2.scramble_pixels(images), labels)["loss"]
+        assert record["final"][split]["loss"] == pytest.approx(scrambled, rel=1e-4)
+        assert scrambled != pytest.approx(hw2_q2.evaluate(model, images, labels)["loss"], rel=1e-4)
+    capsys.readouterr()
+    hw2_q2.main(["-predict", str(pictures), "-json", "-checkpoint", str(path)])
+    seen = hw2_q2.scramble_pixels(landscapes.splits["test"][0][:3])
+    for answer, row in zip(json.loads(capsys.readouterr().out), hw2_q2.predict(model, seen).exp()):
+        assert list(answer["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-5)
 
 
 def test_bad_predictions(trained, pictures, tmp_path, fails):

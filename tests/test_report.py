@@ -1,6 +1,8 @@
 """The README's tables say what the run records say; the report is made of the records alone."""
 
 import dataclasses
+import re
+import shlex
 import shutil
 import statistics
 
@@ -10,6 +12,7 @@ import pytest
 import hw2_q2
 import hw2_q3
 import utils
+from data import prepare_landscapes, prepare_pronunciations
 from utils import UserError
 
 README = (utils.ROOT / "README.md").read_text(encoding="utf-8")
@@ -90,6 +93,56 @@ def test_question_3(start, system):
     assert row_of_question_3(start, system) in README.splitlines()
 
 
+def test_means_deviations_and_late_epochs():
+    assert utils.mean_sd([0.1, 0.3]) == "0.200 ± 0.141"
+    assert utils.mean_sd([0.5]) == "0.500"
+    assert utils.mean_sd([]) == "–"
+    history = lambda *values: {"history": {"val_accuracy": values}}  # noqa: E731
+    assert hw2_q2.late(history(*[0] * 30, *[0.5] * 10)) == 0.5
+    assert hw2_q2.late(history(*[0] * 5, *[1] * 5)) == 1
+    assert hw2_q2.first_epoch(history(0.7, 0.75, 0.6)) == 2
+    assert hw2_q2.first_epoch(history(0.7)) is None
+
+
+def accurate(right, wrong):
+    """A record of question 2 with so many right and wrong answers."""
+    scores = {"accuracy": right / (right + wrong), "confusion": [[right, wrong], [0, 0]]}
+    history = {"val_accuracy": [scores["accuracy"]]}
+    return {"history": history, "final": {"val": scores, "test": scores}}
+
+
+def test_whether_the_reports_accuracy_could_be_ours():
+    """.5684 / .5743 against runs of 1,000 pictures at .57 and .58, and at .7 and .71."""
+    label, diverged = "plain, rate 0.1", {"history": {}, "diverged_in_epoch": 1}
+    near = [accurate(570, 430), accurate(580, 420), diverged]
+    *_, row = hw2_q2.accuracy_table({label: near}, [label]).splitlines()
+    assert row.startswith(f"| {label} | 0.5684 / 0.5743 | 0.575 ± 0.007 / 0.575 ± 0.007 | 0.575 ")
+    assert "| 2 (+ 1 diverged) |" in row
+    assert row.endswith("| yes |")
+    far = [accurate(700, 300), accurate(710, 290)]
+    assert hw2_q2.accuracy_table({label: far}, [label]).endswith("| no |")
+
+
+PARSERS = {
+    "hw2_q2.py": hw2_q2.parse_options,
+    "hw2_q3.py": hw2_q3.parse_options,
+    "data.prepare_landscapes": prepare_landscapes.parse_options,
+    "data.prepare_pronunciations": prepare_pronunciations.parse_options,
+}
+
+
+@pytest.mark.parametrize("name", ["README.md", "data/README.md", "figures/README.md"])
+def test_every_command_in_the_documents_is_one(name):
+    text = (utils.ROOT / name).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("    python ")]
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        script, *arguments = words[1:] if words[0] == "-m" else words
+        if script in PARSERS:
+            PARSERS[script](arguments)
+    assert lines
+
+
 def test_records_bear_the_names_of_their_runs():
     """So that the report finds them: options that come later must not rename earlier runs."""
     for path in utils.ROOT.glob("figures/runs/*.json"):
@@ -100,6 +153,7 @@ def test_records_bear_the_names_of_their_runs():
 def test_records_name_their_machines():
     for record in RECORDS:
         assert record["measured"]["threads"] == 1  # as the README says
+        assert record["measured"]["cores"] == 2
         assert record["measured"]["processor"]
 
 
@@ -171,6 +225,8 @@ def test_the_committed_report_is_that_of_the_committed_records(committed):
         regenerate(question, committed)
     text = (committed / "figures" / "README.md").read_text(encoding="utf-8")
     assert (utils.ROOT / "figures" / "README.md").read_text(encoding="utf-8") == text
+    figures = {path.name for path in (utils.ROOT / "figures").glob("q?-*.png")}
+    assert figures == set(re.findall(r"\((q\d-[\w-]+\.png)\)", text))
 
 
 def test_a_report_without_its_markers_is_left_alone(committed, fails):
@@ -290,13 +346,40 @@ def test_what_is_missing_is_trained_and_nothing_else(small, tmp_path, capsys):
     assert "not trained yet" in text
 
 
-def test_missing_runs_do_not_mix_samples_with_photographs(committed, monkeypatch):
+@pytest.mark.parametrize(
+    ("argv", "runs"),
+    [("-report", 19), ("-report all", 43), ("-report -n_seeds 1", 7), ("-report -only plain*", 11)],
+)
+def test_what_would_be_trained(tmp_path, capsys, argv, runs):
+    hw2_q2.main([*argv.split(), "-dry_run", "-output_dir", str(tmp_path)])
+    *commands, last = capsys.readouterr().out.splitlines()
+    assert last == f"{runs} runs to train"
+    assert len(set(commands)) == runs
+
+
+def test_how_long_training_would_take(tmp_path, capsys):
+    """One run of 40 epochs of an hour each is there; of the same network two more are missing."""
+    [path] = (utils.ROOT / "figures" / "runs").glob("q2-plain-flatten-lr0.01-seed1-*")
+    record = utils.load_record(path)
+    record["measured"]["seconds"] = [3600.0] * 40
+    utils.save_record(tmp_path / "figures" / "runs" / path.name, record)
+    argv = "-report", "-only", "plain, rate 0.01", "-dry_run", "-output_dir", str(tmp_path)
+    hw2_q2.main(list(argv))
+    hours = 80 / len(utils.cores())
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"2 runs to train; some {hours:.1f} hours on this machine"
+
+
+def test_missing_runs_do_not_mix_data(committed, monkeypatch, landscapes_path):
+    """Neither samples nor other photographs with those of the records."""
     monkeypatch.setattr(hw2_q2, "DATA_PATH", committed / "nothing.npz")
     for path in (committed / "figures" / "runs").glob("q2-bn-gap-lr0.01-seed1-*"):
         path.unlink()
     argv = ["-report", "-only", "batch norm + pooling", "-output_dir", str(committed)]
     with pytest.raises(UserError, match="need the data of the others"):
         hw2_q2.main(argv)
+    with pytest.raises(UserError, match="need the data of the others"):
+        hw2_q2.main([*argv, "-data_path", str(landscapes_path)])
     shutil.rmtree(committed / "figures")
     with pytest.raises(UserError, match="need real data"):
         hw2_q2.main(argv)

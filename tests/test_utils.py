@@ -166,6 +166,21 @@ def test_pictures_of_every_mode_and_size(tmp_path, mode):
     picture = utils.read_picture(tmp_path / f"x.{ending}")
     assert picture.dtype == torch.uint8
     assert picture.shape == (3, 48, 48)
+    grey = mode in ("L", "LA", "1")  # a black-and-white picture is a pattern of both
+    expected = [60, 60, 60] if grey else [200, 0, 0]
+    assert picture.float().mean((1, 2)).tolist() == pytest.approx(expected, abs=1)
+
+
+def test_a_picture_taken_with_the_camera_turned(tmp_path):
+    """Its file says so: left is red, and a quarter turn to the right makes that the top."""
+    picture = Image.new("RGB", (96, 96), (0, 0, 255))
+    picture.paste((255, 0, 0), (0, 0, 48, 96))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "x.jpg", exif=exif)
+    red, _, blue = utils.read_picture(tmp_path / "x.jpg").float()
+    assert red[:20].mean() > 240 > 20 > red[28:].mean()
+    assert blue[28:].mean() > 240 > 20 > blue[:20].mean()
 
 
 def test_small_pictures_are_read_as_they_are():
