@@ -37,11 +37,10 @@ Q2 = {
     "plain, rate 0.1 | .5684 / .5743": ("plain, rate 0.1", None),
     "plain, rate 0.01 | .7293 / .6970": ("plain, rate 0.01", "plain, scrambled"),
     "plain, rate 0.001 | .5798 / .5743": ("plain, rate 0.001", None),
-    "batch norm + pooling, rate 0.01, last batch kept | .7528 / .7460": (
-        "batch norm + pooling, last batch kept",
+    "batch norm + pooling, rate 0.01 | .7528 / .7460": (
+        "batch norm + pooling",
         "batch norm + pooling, scrambled",
     ),
-    "batch norm + pooling, rate 0.01 | .7528 / .7460": ("batch norm + pooling", None),
 }
 
 
@@ -53,10 +52,12 @@ def row_of_question_2(start, label, scrambled):
         " / ".join(utils.mean_sd(hw2_q2.accuracy(runs, split)) for split in ("val", "test"))
         for runs in (scrambled, ordered)
     ]
-    count = f"{len(scrambled)}, {len(ordered)}" if scrambled else f"{len(ordered)}"
     diverged = len(runs) - len(ordered)
-    count += f", {diverged} more diverged" if diverged else ""
-    columns += utils.mean_sd([hw2_q2.late(r) for r in ordered]), count
+    columns += [
+        utils.mean_sd([hw2_q2.late(r) for r in ordered]),
+        str(len(scrambled) or "–"),
+        str(len(ordered)) + (f" (+ {diverged} diverged)" if diverged else ""),
+    ]
     return f"| {start} | {' | '.join(columns)} |".replace("– / –", "–")
 
 
@@ -348,7 +349,7 @@ def test_what_is_missing_is_trained_and_nothing_else(small, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argv", "runs"),
-    [("-report", 19), ("-report all", 43), ("-report -n_seeds 1", 7), ("-report -only plain*", 11)],
+    [("-report", 16), ("-report all", 43), ("-report -n_seeds 1", 6), ("-report -only plain*", 11)],
 )
 def test_what_would_be_trained(tmp_path, capsys, argv, runs):
     hw2_q2.main([*argv.split(), "-dry_run", "-output_dir", str(tmp_path)])
