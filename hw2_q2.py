@@ -881,14 +881,19 @@ def draw_overfitting(records):
     labels = [label for label in REGULARISED if records[label]]
     if not labels:
         return None
-    fig, panels = utils.figure(1.9 * len(labels), 2.6, 1, len(labels), sharey=True, squeeze=False)
-    for axes, label in zip(panels[0], labels):
+    rows = math.ceil(len(labels) / 3)
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    fig, panels = utils.figure(7.0, 0.6 + 2.1 * rows, rows, 3, **shared)
+    for axes in panels.flat[len(labels) :]:
+        axes.axis("off")
+    for axes, label in zip(panels.flat, labels):
         histories = [record["history"] for record in records[label]]
         for column, color in (("train_accuracy", utils.VERMILION), ("val_accuracy", utils.BLUE)):
             name = {"train_accuracy": "training", "val_accuracy": "validation"}[column]
             utils.plot_bands(axes, [history[column] for history in histories], color, name)
-        axes.set(title=label, xlabel="Epoch")
-    panels[0][0].set_ylabel("Accuracy")
+        axes.set_title(label)
+    fig.supxlabel("Epoch", fontsize=9)
+    fig.supylabel("Accuracy", fontsize=9)
     utils.legend_above(fig, panels[0][0])
     return fig
 
