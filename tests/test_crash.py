@@ -54,6 +54,7 @@ def child(question, argv, output, started, write, stage):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     utils.write_file = write_file
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with open(output, "w", encoding="utf-8", buffering=1) as stream:
         sys.stdout = sys.stderr = stream
         utils.run_script(main)
