@@ -876,7 +876,12 @@ def finished_record(run):
     """The record of a run that was trained to its end, be it that it diverged; None if there is
     none. A broken one is set aside, with a line that says so."""
     record = read_or_set_aside(run.record) if run.record.exists() else {}
-    return record if {"final", "diverged_in_epoch"} & record.keys() else None
+    return record if is_finished(record) else None
+
+
+def is_finished(record):
+    """Whether a record is of a run that was trained to its end, be it that it diverged."""
+    return bool({"final", "diverged_in_epoch"} & record.keys())
 
 
 def read_or_set_aside(path):
@@ -1108,7 +1113,7 @@ def _read_records(folder, question):
     found = {}
     for path in sorted(folder.glob(f"{question}-*.json")):
         record = read_or_set_aside(path)
-        if {"final", "diverged_in_epoch"} & record.keys():
+        if is_finished(record):
             config = record["config"]
             if config["data"]["name"] != "sample":
                 of_data = found.setdefault(config["data"]["fingerprint"], {})

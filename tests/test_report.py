@@ -151,6 +151,19 @@ def test_records_bear_the_names_of_their_runs():
         assert utils.Run(title, utils.load_record(path)["config"]).name == path.stem
 
 
+def test_the_readme_says_what_the_records_took():
+    took = {"q2": [], "q3": []}
+    for record in RECORDS:
+        config, minutes = record["config"], sum(record["measured"]["seconds"]) / 60
+        if "final" in record and config["options"].get("epochs", 40) == 40:
+            took[config["question"]].append(minutes)
+    memory = max(record["measured"].get("peak_memory_mib") or 0 for record in RECORDS) / 1024
+    text = " ".join(README.split())
+    assert f"took {min(took['q2']):.0f} to {max(took['q2']):.0f} minutes of one thread" in text
+    assert f"question 3 took {min(took['q3']):.0f} to {max(took['q3']):.0f}." in text
+    assert f"whole runs up to {memory:.1f} GiB" in text
+
+
 def test_records_name_their_machines():
     for record in RECORDS:
         assert record["measured"]["threads"] == 1  # as the README says
