@@ -2,6 +2,7 @@
 
     python hw2_q2.py -learning_rate 0.01                   batch norm + global average pooling
     python hw2_q2.py -learning_rate 0.01 -no_batch_norm    the plain network
+    python hw2_q2.py -recipe best                          the best training of the same network
     python hw2_q2.py -count_params                         the parameters of both, layer by layer
     python hw2_q2.py -predict beach.jpg holiday/           classify your own pictures
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import utils
@@ -39,24 +41,54 @@ RUN_OPTIONS = (
 )  # fmt: skip
 # Those that came later, each with what was done before it; in a run's name and record only where
 # it says something else, so that the runs made before keep their names.
-LATER_OPTIONS = {"convs": 1, "last_batch": "keep"}
+LATER_OPTIONS = {
+    "convs": 1, "last_batch": "keep", "momentum": 0.0, "schedule": "constant",
+    "label_smoothing": 0.0, "augment": [], "pixels": "unit", "at_test": [], "precision": "float32",
+}  # fmt: skip
 # What is done where the command line does not say: (without batch norm, with it).
 BY_NORM = {"head": ("flatten", "gap"), "last_batch": ("keep", "join")}
+RECIPES = {  # what -recipe says where the command line does not
+    "report": {},
+    "best": {
+        "batch_size": 64,
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "schedule": "one_cycle",
+        "l2_decay": 5e-4,
+        "label_smoothing": 0.1,
+        "augment": ["flip", "crop"],
+        "at_test": ["mirror"],
+    },
+}
+AUGMENTATIONS = {
+    "flip": v2.RandomHorizontalFlip(),
+    "crop": v2.RandomCrop(SIZE, padding=4, padding_mode="reflect"),
+    "zoom": v2.RandomResizedCrop(SIZE, scale=(0.6, 1.0), ratio=(0.8, 1.25)),
+    "color": v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2),
+    "erase": v2.RandomErasing(p=0.5, scale=(0.05, 0.2)),
+}
+AT_TEST = {
+    "mirror": "the mean of the probabilities for a picture and its mirror image",
+    "refresh": "batch norm with statistics taken anew, without dropout, after each epoch",
+}
 
 
 def parse_options(argv=None):
     """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
-    parser = make_parser()
+    recipe = make_parser().parse_args(argv).recipe
+    parser = make_parser(recipe)
     return _settle(parser, parser.parse_args(argv))
 
 
-def make_parser():
-    """The parser of the command line."""
+def make_parser(recipe="report"):
+    """The parser of the command line, its defaults those of a recipe."""
     parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
     whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
     decay, share = utils.number(float, 0, 10**3), utils.number(float, 0, 1, high_open=True)
 
     add = parser.add_argument_group("training").add_argument
+    what = "the report's training, or the best one found: the defaults of these options"
+    add("-recipe", choices=RECIPES, default="report", help=what)
     add("-epochs", type=whole, default=40, help="passes over the training pictures")
     add("-batch_size", type=whole, default=8, help="pictures a step")
     last = "an epoch's last batch, if less than half full: keep it, or join it to the one before, "
@@ -67,6 +99,13 @@ def make_parser():
     add("-learning_rate", type=real, default=0.01, help=rate, **several)
     add("-l2_decay", type=decay, default=0.0, help="weight decay")
     add("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
+    add("-momentum", type=share, default=0.0, help="Nesterov's, for sgd")
+    schedule = "the learning rate: as it is, or up to it and down to 0, once"
+    add("-schedule", choices=("constant", "one_cycle"), default="constant", help=schedule)
+    smooth = "share of a picture's label that is spread over all classes"
+    add("-label_smoothing", type=share, default=0.0, help=smooth)
+    precision = "of the convolutions; bfloat16 is fast where the processor has it"
+    add("-precision", choices=("float32", "bfloat16"), default="float32", help=precision)
 
     add = parser.add_argument_group("network").add_argument
     add("-dropout", type=share, default=0.1, help="share of the units dropped")
@@ -86,6 +125,13 @@ def make_parser():
     add("-data_path", type=Path, metavar="FILE", help=where)
     scramble = "reorder the pixels as the course's loader did by mistake"
     add("-scramble_pixels", action="store_true", help=scramble)
+    some = {"nargs": "*", "default": [], "metavar": "NAME"}
+    augment = f"random changes of the training pictures, some of: {', '.join(AUGMENTATIONS)}"
+    add("-augment", choices=AUGMENTATIONS, help=augment, **some)
+    pixels = "their values: 0 to 1, or with the mean 0 and the variance 1 of ImageNet's pictures"
+    add("-pixels", choices=("unit", "normalized"), default="unit", help=pixels)
+    at_test = "; ".join(f"{name}: {what}" for name, what in AT_TEST.items())
+    add("-at_test", choices=AT_TEST, help=at_test, **some)
     utils.add_machine_options(parser, "-")
     utils.add_report_options(parser, "-")
 
@@ -96,6 +142,7 @@ def make_parser():
     checkpoint = "the network for -predict (default: the one with the best validation accuracy)"
     add("-checkpoint", type=Path, metavar="FILE", help=checkpoint)
     add("-json", action="store_true", help="print the answer of -predict as JSON")
+    parser.set_defaults(**RECIPES[recipe])
     return parser
 
 
@@ -111,6 +158,12 @@ def _settle(parser, options):
         options.pool = "none"
     for name, usual in BY_NORM.items():
         setattr(options, name, getattr(options, name) or usual[options.batch_norm])
+    for name, order in (("augment", AUGMENTATIONS), ("at_test", AT_TEST)):  # one name a run
+        setattr(options, name, [word for word in order if word in getattr(options, name)])
+    if options.momentum and options.optimizer != "sgd":
+        parser.error("-momentum goes with -optimizer sgd")
+    if "refresh" in options.at_test and not options.batch_norm:
+        parser.error("-at_test refresh is about batch norm, but -no_batch_norm is given")
     if options.batch_norm and options.batch_size == 1:
         parser.error(
             "batch norm needs at least 2 pictures a batch: -batch_size 2 or -no_batch_norm"
@@ -118,6 +171,7 @@ def _settle(parser, options):
     if options.predict is None and (options.checkpoint or options.json):
         parser.error("-checkpoint and -json go with -predict")
     utils.check_report_options(parser, options, "-")
+    del options.recipe  # all that it said is in the other options now
     return options
 
 
@@ -128,12 +182,20 @@ def run_options(options):
 
 
 def command(options):
-    """The command line, without paths and machine, that repeats the run with these options."""
+    """The command line, without paths and machine, that repeats the run with these options: from
+    the recipe with which it is the shortest."""
     options = LATER_OPTIONS | options
     usual = {name: values[options["batch_norm"]] for name, values in BY_NORM.items()}
     shown = {name: value for name, value in options.items() if value != usual.get(name)}
-    words = ["python hw2_q2.py -learning_rate", shown.pop("learning_rate")]
-    return " ".join(map(str, [*words, *make_parser().arguments(shown)]))
+    commands = []
+    for recipe in RECIPES:
+        first = ["-recipe", recipe]
+        if recipe == "report":  # its rate is always named
+            first = ["-learning_rate", shown["learning_rate"]]
+        rest = {name: value for name, value in shown.items() if f"-{name}" != first[0]}
+        words = ["python hw2_q2.py", *first, *make_parser(recipe).arguments(rest)]
+        commands.append(" ".join(map(str, words)))
+    return min(commands, key=len)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -196,6 +258,9 @@ class WideLinear(nn.Linear):
         return _StepInBackward.apply(x, self.weight.detach(), self.bias, self.lr, self.decay)
 
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations of its pixels
+
+
 class CNN(nn.Module):
     """Three convolution blocks and three linear layers.
 
@@ -203,13 +268,19 @@ class CNN(nn.Module):
     every position of the last map, 'gap' its mean over positions (Lin et al. 2013, section 3.2).
     convs: convolutions a block, the last of which is pooled (Simonyan and Zisserman 2015, 2.3).
     kernel_size: one of the picture's size takes the blocks' place, with the last one's channels.
+    pixels: 'normalized' takes ImageNet's mean from them and divides by its deviation.
+    precision: 'bfloat16' computes the convolutions in it.
+    mirror: in evaluation, the mean of the probabilities for a picture and its mirror image.
     """
 
     def __init__(
         self, batch_norm=True, head="gap", pool="max", kernel_size=3, dropout=0.1, convs=1,
         channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
+        pixels="unit", precision="float32", mirror=False,
     ):  # fmt: skip
         super().__init__()
+        self.precision, self.mirror = precision, mirror
+        self.normalize = v2.Normalize(*IMAGENET) if pixels == "normalized" else nn.Identity()
         if kernel_size == SIZE:
             channels = channels[0], channels[-1]
         blocks = []
@@ -235,8 +306,16 @@ class CNN(nn.Module):
         return count
 
     def forward(self, x):
-        x = self.convs(x)  # (B, 128, 6, 6)
-        x = self.gap(x).flatten(1)  # (B, 128) or (B, 4608)
+        if self.training or not self.mirror:
+            return self.log_probs(x)
+        return torch.logaddexp(self.log_probs(x), self.log_probs(x.flip(3))) - math.log(2)
+
+    def log_probs(self, x):
+        """Those of the pictures as they are, not mirrored."""
+        x = self.normalize(x)
+        with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
+            x = self.convs(x)  # (B, 128, 6, 6)
+        x = self.gap(x.float()).flatten(1)  # (B, 128) or (B, 4608)
         x = F.relu(self.fc1(x))  # (B, 1024)
         x = self.dropout(self.norm(x))
         x = F.relu(self.fc2(x))  # (B, 512)
@@ -247,8 +326,10 @@ def build_model(options):
     """The network that the options (a namespace or a record's dictionary) describe."""
     options = options if isinstance(options, dict) else vars(options)
     options = LATER_OPTIONS | options
-    names = ("batch_norm", "head", "pool", "kernel_size", "dropout", "convs")
-    return CNN(**{name: options[name] for name in names}).to(memory_format=torch.channels_last)
+    names = "batch_norm", "head", "pool", "kernel_size", "dropout", "convs", "pixels", "precision"
+    chosen = {name: options[name] for name in names}
+    model = CNN(**chosen, mirror="mirror" in options["at_test"])
+    return model.to(memory_format=torch.channels_last)
 
 
 def count_parameters(model):
@@ -278,7 +359,7 @@ def parameter_table(model):
         if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d))
     ]
     with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, SIZE, SIZE))
+        model.eval().log_probs(torch.zeros(1, 3, SIZE, SIZE))
     for hook in hooks:
         hook.remove()
     return rows
@@ -331,13 +412,27 @@ def scramble_pixels(images):
     return images.permute(0, 2, 3, 1).reshape(images.shape)
 
 
+def make_augmentation(names):
+    """A function that changes pictures (B, 3, 48, 48), each at random, by these AUGMENTATIONS;
+    None without any."""
+    if not names:
+        return None
+    change = v2.Compose([AUGMENTATIONS[name] for name in names])
+    return lambda images: torch.stack([change(image) for image in images])
+
+
 def make_optimizer(model, options):
-    """SGD without momentum, or Adam. On a CPU, SGD steps on fc1 in the backward pass."""
+    """SGD, its momentum Nesterov's (Sutskever et al. 2013, section 2), or Adam. On a CPU, SGD
+    without momentum at a constant rate steps on fc1 in the backward pass."""
     device = next(model.parameters()).device.type
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
-    extra = {"capturable": True} if options.optimizer == "adam" and device == "cuda" else {}
-    if options.optimizer == "sgd" and device == "cpu":
-        model.fc1.lr, model.fc1.decay = options.learning_rate, options.l2_decay
+    extra = {}
+    if options.optimizer == "sgd":
+        extra = {"momentum": options.momentum, "nesterov": options.momentum > 0}
+        if device == "cpu" and not options.momentum and options.schedule == "constant":
+            model.fc1.lr, model.fc1.decay = options.learning_rate, options.l2_decay
+    elif device == "cuda":
+        extra = {"capturable": True}
     return kinds[options.optimizer](
         model.parameters(),
         lr=options.learning_rate,
@@ -347,13 +442,18 @@ def make_optimizer(model, options):
     )
 
 
-def make_step(model, optimizer, totals):
+def make_step(model, optimizer, totals, smoothing=0.0):
     """A function that trains on one batch and adds (summed loss, right answers, 1 if the loss is
-    finite) to `totals`, on the device: reading a number back would make it wait."""
+    finite) to `totals`, on the device: reading a number back would make it wait.
+
+    smoothing: the share of a label that goes to all classes alike (Szegedy et al. 2016, section 7).
+    """
 
     def step(images, labels):
         log_probs = model(as_input(images))  # (B, 6)
         loss = F.nll_loss(log_probs, labels)
+        if smoothing:
+            loss = (1 - smoothing) * loss - smoothing * log_probs.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -375,18 +475,35 @@ def batch_sizes(count, batch_size, last_batch="keep"):
     return [batch_size] * full + [rest] * (rest > 0)
 
 
-def train_epoch(step, totals, images, labels, sizes):
-    """One pass in random order, in batches of these sizes. Returns its mean loss (nats) and its
-    accuracy (0..1), both of the network as it was at each batch, dropout included. Raises
-    utils.Diverged."""
+def train_epoch(step, totals, images, labels, sizes, augment=None):
+    """One pass in random order, in batches of these sizes, changed by `augment`. Returns its mean
+    loss (nats) and its accuracy (0..1), both of the network as it was at each batch, dropout
+    included. Raises utils.Diverged."""
     order = torch.randperm(len(labels), device=labels.device)
     totals.zero_()
     batches = tqdm(order.split(sizes), unit="batch", leave=False, disable=None)
     for batch, rows in enumerate(batches, 1):
-        step(images[rows], labels[rows])
+        pictures = images[rows]
+        step(augment(pictures) if augment else pictures, labels[rows])
         utils.check_totals(totals, batch, len(batches))
     loss, accuracy, _ = (totals / len(labels)).tolist()
     return loss, accuracy
+
+
+@torch.no_grad()
+def refresh_norms(model, images, count=4096):
+    """Take batch norm's means and variances anew from `count` pictures, the mean of batches (Wu and
+    Johnson 2021, section 3), with dropout off, as in evaluation: while it is on, what reaches the
+    next batch norm varies more (Li et al. 2019, section 3)."""
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean of all batches, not of the latest
+            layer.train()
+    rows = torch.randperm(len(images), device=images.device)[:count]
+    for batch in rows.split(64):
+        model(as_input(images[batch]))
 
 
 @torch.inference_mode()
@@ -447,21 +564,27 @@ def fit(run, model, optimizer, splits, options):
     history, seconds = saved["history"], saved["seconds"]
     if seconds:
         print(f"Going on after epoch {len(seconds)}")
-    totals = torch.zeros(3, device=splits["train"][1].device)
-    step = make_step(model, optimizer, totals)
-    if totals.is_cuda:
-        step = utils.GraphedStep(step, model, optimizer, totals)
     sizes = batch_sizes(len(splits["train"][1]), options.batch_size, options.last_batch)
     if options.batch_norm and sizes == [1]:
         raise UserError("batch norm needs at least 2 training pictures; try -no_batch_norm")
+    totals = torch.zeros(3, device=splits["train"][1].device)
+    step = make_step(model, optimizer, totals, options.label_smoothing)
+    if options.schedule == "one_cycle":
+        begun, steps = len(seconds) * len(sizes), options.epochs * len(sizes)
+        step = utils.one_cycle(step, optimizer, options.learning_rate, begun, steps)
+    elif totals.is_cuda:  # a graph would keep the rate of its first step
+        step = utils.GraphedStep(step, model, optimizer, totals)
+    augment = make_augmentation(options.augment)
     for epoch in range(len(seconds) + 1, options.epochs + 1):
         started = time.perf_counter()
         utils.seed_everything(options.seed, epoch)
         model.train()
         try:
-            loss, accuracy = train_epoch(step, totals, *splits["train"], sizes)
+            loss, accuracy = train_epoch(step, totals, *splits["train"], sizes, augment)
         except utils.Diverged as diverged:
             return history, seconds, diverged.batch
+        if "refresh" in options.at_test:
+            refresh_norms(model, splits["train"][0])
         valid = evaluate(model, *splits["val"])
         row = {"train_loss": loss, "train_accuracy": accuracy}
         row |= {"val_loss": valid["loss"], "val_accuracy": valid["accuracy"]}

@@ -59,7 +59,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Names each option's default, but for those whose default needs a sentence of its own."""
 
     def _get_help_string(self, action):
-        switch = action.default is None or isinstance(action.default, bool)
+        switch = action.default in (None, []) or isinstance(action.default, bool)
         plain = switch or "(default" in action.help
         return action.help if plain else super()._get_help_string(action)
 
@@ -247,6 +247,21 @@ def cores():
     """The CPU cores this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
     return os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
+
+
+def one_cycle(step, optimizer, peak, begun, steps, warm_up=0.3):
+    """`step`, with the learning rate set before each call, of which `begun` of `steps` are past: up
+    to `peak` along a line, down to 0 along a cosine (Smith and Topin 2018, section 3)."""
+    count = itertools.count(begun)
+
+    def stepped(*batch):
+        past = (next(count) + 0.5) / steps
+        down = (1 + math.cos(math.pi * (past - warm_up) / (1 - warm_up))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = peak * (past / warm_up if past < warm_up else down)
+        step(*batch)
+
+    return stepped
 
 
 class GraphedStep:

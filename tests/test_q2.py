@@ -53,7 +53,9 @@ BAD_OPTIONS = [
     "-kernel_size 48 -pool avg", "-kernel_size 48 -convs 2", "-convs 0",
     "-learning_rate .1 0", "-seed 1 2 x", "-jobs 0", "-device abacus", "-json", "-predict",
     "-data_path no/such/file.npz", "-checkpoint x.pt", "-epoch", "-leaning_rate 1", "train",
-    "-predict no/such/picture.jpg -checkpoint none.pt",
+    "-predict no/such/picture.jpg -checkpoint none.pt", "-recipe none", "-augment flop",
+    "-at_test mirror mirrors", "-momentum 1", "-momentum 0.9 -optimizer adam",
+    "-at_test refresh -no_batch_norm", "-label_smoothing 1", "-precision float16",
 ]  # fmt: skip
 
 
@@ -72,16 +74,32 @@ def test_bad_options_end_with_one_line(line, fails):
         "-learning_rate 0.001 -optimizer adam -pool avg -kernel_size 5",
         "-learning_rate 0.01 -convs 2",
         "-learning_rate 0.01 -batch_size 16 -head flatten -dropout 0.3 -l2_decay 0.0005",
+        "-learning_rate 0.1 -momentum 0.9 -augment flip -at_test refresh",
+        "-recipe best",
+        "-recipe best -seed 3 -augment",
+        "-recipe best -momentum 0.0 -precision bfloat16 -pixels normalized",
+        "-recipe best -learning_rate 0.05 -augment flip crop zoom",
     ],
 )
 def test_the_recorded_command_repeats_the_run(line):
     names = (*hw2_q2.RUN_OPTIONS, *hw2_q2.LATER_OPTIONS)
     chosen = {name: getattr(options(*line.split()), name) for name in names}
     command = hw2_q2.command(chosen)
-    assert command.startswith("python hw2_q2.py -learning_rate ")
+    assert command.split()[:3] == ["python", "hw2_q2.py", line.split()[0]]
     assert set(command.split()[2:]) == set(line.split())
     again = options(*command.split()[2:])
     assert {name: getattr(again, name) for name in names} == chosen
+
+
+def test_a_recipe_is_the_defaults_of_its_options():
+    best = hw2_q2.RECIPES["best"]
+    for name, value in best.items():
+        assert getattr(options("-recipe", "best"), name) == value
+        assert value != hw2_q2.make_parser().get_default(name)
+    asked = options("-batch_size", 32, "-recipe", "best", "-augment", "crop", "flip")
+    assert (asked.batch_size, asked.learning_rate) == (32, best["learning_rate"])
+    assert asked.augment == ["flip", "crop"]  # in one order: a run has one name
+    assert options("-recipe", "best", "-augment").augment == []
 
 
 def test_help_teaches(capsys):
@@ -229,6 +247,42 @@ def test_pooling_before_relu_is_the_textbook_block(norm):
         torch.testing.assert_close(a, b)
 
 
+def test_predictions_with_the_mirror_image_are_the_mean_of_both():
+    torch.manual_seed(0)
+    model, images = hw2_q2.build_model(options("-at_test", "mirror")), torch.rand(3, 3, 48, 48)
+    assert torch.equal(model.eval()(images), model(images.flip(3)))
+    both = (model.log_probs(images).exp() + model.log_probs(images.flip(3)).exp()) / 2
+    torch.testing.assert_close(model(images).exp(), both)
+    assert not torch.allclose(model(images), model.log_probs(images))
+    model = hw2_q2.build_model(options("-at_test", "mirror", "-dropout", 0)).train()
+    assert torch.equal(model(images), model.log_probs(images))  # in training as they are
+
+
+def test_normalized_pixels_by_hand():
+    model, seen = hw2_q2.build_model(options("-pixels", "normalized")).eval(), []
+    model.convs[0].conv.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    model(torch.full((1, 3, 48, 48), 0.485))
+    expected = [0, (0.485 - 0.456) / 0.224, (0.485 - 0.406) / 0.225]
+    assert seen[0][0, :, 7, 9].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("argv", [[], ["-no_batch_norm"]], ids=str)
+def test_bfloat16_convolutions_are_near_float32s(argv):
+    """And everything behind them, the weights and their gradients stay float32."""
+    images, outputs, kinds = torch.rand(8, 3, 48, 48), [], []
+    for precision in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        o = options("-precision", precision, "-dropout", 0, *argv)
+        model = hw2_q2.build_model(o)
+        model.convs[0].conv.register_forward_hook(lambda layer, i, x: kinds.append(x.dtype))
+        outputs.append(model(images))
+        outputs[-1][:, 0].sum().backward()
+        assert outputs[-1].dtype == model.convs[0].conv.weight.grad.dtype == torch.float32
+    assert kinds == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(*outputs, atol=0.05, rtol=0)
+    assert not torch.equal(*outputs)
+
+
 def test_dropout_keeps_the_right_share_and_the_mean():
     torch.manual_seed(0)
     dropout = utils.Dropout(0.1)
@@ -287,6 +341,64 @@ def test_training_is_the_textbooks(argv):
     assert ours.fc1.lr == 0.05
     for name, weights in textbook.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], weights, msg=name)
+
+
+@pytest.mark.parametrize("argv", [["-momentum", 0.9], ["-schedule", "one_cycle"]], ids=str)
+def test_the_optimizer_steps_on_fc1_where_its_step_is_not_plain_sgds(argv):
+    o = options(*argv)
+    model = hw2_q2.build_model(o)
+    optimizer = hw2_q2.make_optimizer(model, o)
+    assert model.fc1.lr is None
+    assert optimizer.defaults["nesterov"] == ("-momentum" in argv)
+
+
+def test_label_smoothing_is_the_cross_entropy_with_smoothed_labels():
+    o = options("-no_batch_norm", "-dropout", 0)
+    model, labels, totals = hw2_q2.build_model(o).train(), torch.arange(5), torch.zeros(3)
+    images = torch.randint(0, 256, (5, 3, 48, 48), dtype=torch.uint8)
+    log_probs = model(hw2_q2.as_input(images)).detach()
+    hw2_q2.make_step(model, hw2_q2.make_optimizer(model, o), totals, 0.1)(images, labels)
+    expected = F.cross_entropy(log_probs, labels, label_smoothing=0.1, reduction="sum")
+    assert totals[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_augmentation_changes_each_picture_by_itself():
+    torch.manual_seed(0)
+    [picture] = torch.randint(0, 256, (1, 3, 48, 48), dtype=torch.uint8)
+    images = picture.repeat(40, 1, 1, 1)
+    flipped = hw2_q2.make_augmentation(["flip"])(images)
+    as_it_was = [torch.equal(image, picture) for image in flipped]
+    mirrored = [torch.equal(image, picture.flip(2)) for image in flipped]
+    assert all(a != b for a, b in zip(as_it_was, mirrored))
+    assert 10 < sum(mirrored) < 30
+    padded = F.pad(picture.unsqueeze(0).float(), (4, 4, 4, 4), mode="reflect")[0].byte()
+    places = {
+        padded[:, y : y + 48, x : x + 48].numpy().tobytes(): (y, x)
+        for y, x in itertools.product(range(9), range(9))
+    }
+    found = [
+        places[image.numpy().tobytes()] for image in hw2_q2.make_augmentation(["crop"])(images)
+    ]
+    assert len(set(found)) > 20
+    for name in hw2_q2.AUGMENTATIONS:
+        changed = hw2_q2.make_augmentation([name])(images)
+        assert (changed.shape, changed.dtype) == (images.shape, torch.uint8)
+        assert len(changed.flatten(1).unique(dim=0)) > 1
+    assert hw2_q2.make_augmentation([]) is None
+
+
+def test_refreshed_batch_norm_has_the_means_and_variances_without_dropout():
+    torch.manual_seed(0)
+    model = hw2_q2.build_model(options("-dropout", 0.5))
+    images = torch.randint(0, 256, (64, 3, 48, 48), dtype=torch.uint8)
+    for _ in range(2):  # the second time nothing is left of the first
+        hw2_q2.refresh_norms(model, images)
+    hidden, norm = [], model.norm
+    norm.register_forward_pre_hook(lambda layer, inputs: hidden.append(inputs[0]))
+    hw2_q2.predict(model, images)
+    near = {"rtol": 0.01, "atol": 0.001}  # the layers before take their variances over n - 1
+    torch.testing.assert_close(norm.running_mean, hidden[0].mean(0), **near)
+    torch.testing.assert_close(norm.running_var, hidden[0].var(0), **near)
 
 
 def test_adam_sees_fc1s_gradient():
@@ -399,7 +511,7 @@ def test_batch_sizes(count, last_batch, sizes):
 )
 def test_training_has_the_batches_it_was_told(train, monkeypatch, argv, sizes):
     seen, real = [], hw2_q2.train_epoch
-    monkeypatch.setattr(hw2_q2, "train_epoch", lambda *a: (seen.append(a[-1]), real(*a))[1])
+    monkeypatch.setattr(hw2_q2, "train_epoch", lambda *a: (seen.append(a[4]), real(*a))[1])
     train("-batch_size", 11, *argv)  # of 36 pictures three are left over
     assert seen == [sizes] * 2
 
@@ -481,7 +593,11 @@ def test_the_same_run_twice_gives_the_same_bits(train):
     assert not torch.equal(other[1]["model"]["fc3.weight"], first[1]["model"]["fc3.weight"])
 
 
-@pytest.mark.parametrize("argv", [[], ["-optimizer", "adam"], ["-no_batch_norm"]], ids=str)
+RESUMED = [], ["-optimizer", "adam"], ["-no_batch_norm"]
+RESUMED += (["-recipe", "best", "-batch_size", 12, "-at_test", "mirror", "refresh"],)
+
+
+@pytest.mark.parametrize("argv", RESUMED, ids=str)
 @pytest.mark.parametrize("moment", ["after an epoch", "within an epoch", "before the end"])
 def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, argv, moment):
     """Killed after epoch 2, within epoch 3, or between the last epoch and the record."""
@@ -562,8 +678,8 @@ def test_a_loss_that_explodes_stops_the_run(landscapes_path, tmp_path, fails):
 def test_a_loss_that_explodes_later_keeps_the_epochs_before(train, monkeypatch, tmp_path):
     real, rates = hw2_q2.make_step, []
 
-    def make_step(model, optimizer, totals):
-        step = real(model, optimizer, totals)
+    def make_step(model, optimizer, totals, smoothing):
+        step = real(model, optimizer, totals, smoothing)
 
         def spoiling(images, labels):
             rates.append(1)

@@ -392,6 +392,38 @@ def test_truncated_checkpoint(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
+# learning rates
+
+
+def rates(begun, calls):
+    """The rates that `calls` steps find, of 1,000, `begun` of which are past; the peak is 2."""
+    weight, seen = torch.zeros(1, requires_grad=True), []
+    optimizer = torch.optim.SGD([weight], lr=2.0)
+    step = utils.one_cycle(
+        lambda: seen.append(optimizer.param_groups[0]["lr"]), optimizer, 2.0, begun, 1000
+    )
+    for _ in range(calls):
+        step()
+    return seen
+
+
+def test_one_cycle_goes_up_and_down_once():
+    seen = rates(0, 1000)
+    top = seen.index(max(seen))
+    assert (top, max(seen)) == (300, pytest.approx(2, rel=1e-4))
+    assert all(a < b for a, b in zip(seen[:300], seen[1:301]))
+    assert all(a > b for a, b in zip(seen[300:], seen[301:]))
+    assert seen[150] == pytest.approx(1, abs=0.01)
+    assert seen[650] == pytest.approx(1, abs=0.01)
+    assert 0 < seen[-1] < 1e-5
+    assert 0 < seen[0] < 0.01
+
+
+def test_one_cycle_goes_on_where_it_was():
+    assert rates(400, 5) == rates(0, 405)[400:]
+
+
+# ----------------------------------------------------------------------------------------------
 # captured steps
 
 
