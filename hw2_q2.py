@@ -89,14 +89,14 @@ def make_parser(recipe="report"):
     add = parser.add_argument_group("training").add_argument
     what = "the report's training, or the best one found: the defaults of these options"
     add("-recipe", choices=RECIPES, default="report", help=what)
+    several = {"nargs": "+", "action": utils.OneOrMore}
+    rate = "step size; several: a run for each, side by side"
+    add("-learning_rate", type=real, default=0.01, help=rate, **several)
     add("-epochs", type=whole, default=40, help="passes over the training pictures")
     add("-batch_size", type=whole, default=8, help="pictures a step")
     last = "an epoch's last batch, if less than half full: keep it, or join it to the one before, "
     last += "as always where it is one picture (default: join with batch norm, or else keep)"
     add("-last_batch", choices=("keep", "join"), help=last)
-    several = {"nargs": "+", "action": utils.OneOrMore}
-    rate = "step size; several: a run for each, side by side"
-    add("-learning_rate", type=real, default=0.01, help=rate, **several)
     add("-l2_decay", type=decay, default=0.0, help="weight decay")
     add("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
     add("-momentum", type=share, default=0.0, help="Nesterov's, for sgd")
@@ -187,15 +187,9 @@ def command(options):
     options = LATER_OPTIONS | options
     usual = {name: values[options["batch_norm"]] for name, values in BY_NORM.items()}
     shown = {name: value for name, value in options.items() if value != usual.get(name)}
-    commands = []
-    for recipe in RECIPES:
-        first = ["-recipe", recipe]
-        if recipe == "report":  # its rate is always named
-            first = ["-learning_rate", shown["learning_rate"]]
-        rest = {name: value for name, value in shown.items() if f"-{name}" != first[0]}
-        words = ["python hw2_q2.py", *first, *make_parser(recipe).arguments(rest)]
-        commands.append(" ".join(map(str, words)))
-    return min(commands, key=len)
+    parsers = {recipe: make_parser(recipe) for recipe in RECIPES}
+    parsers["report"].set_defaults(learning_rate=None)  # so it is always named
+    return utils.shortest_command("python hw2_q2.py", parsers, shown)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ options | symbols and batches | model | decoding | scores | training | testing |
 spelling | main
 """
 
+import argparse
 import math
 import sys
 import time
@@ -36,16 +37,36 @@ DATA_DIR = utils.ROOT / "data"
 
 # The options that can change a training's result; its name and its record hold these.
 RUN_OPTIONS = ("use_attn", "lr", "dropout", "n_epochs", "batch_size", "hidden_size", "seed")
+# Those that came later, each with what was done before it; in a run's name and record only where
+# it says something else, so that the runs made before keep their names.
+LATER_OPTIONS = {
+    "layers": 1, "schedule": "constant", "label_smoothing": 0.0, "clip": None, "ensemble": False,
+}  # fmt: skip
+RECIPES = {  # what --recipe says where the command line does not
+    "report": {},
+    "best": {
+        "use_attn": True,
+        "layers": 2,
+        "hidden_size": 256,
+        "dropout": 0.4,
+        "n_epochs": 30,
+        "schedule": "one_cycle",
+        "label_smoothing": 0.1,
+        "clip": 3.0,
+        "beam_size": 5,
+    },
+}
 
 
 def parse_options(argv=None):
     """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
-    parser = make_parser()
+    recipe = make_parser().parse_args(argv).recipe
+    parser = make_parser(recipe)
     return _settle(parser, parser.parse_args(argv))
 
 
-def make_parser():
-    """The parser of the command line."""
+def make_parser(recipe="report"):
+    """The parser of the command line, its defaults those of a recipe."""
     parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
     whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
     share = utils.number(float, 0, 1, high_open=True)
@@ -55,6 +76,8 @@ def make_parser():
     parser.add_argument("ipa", nargs="*", metavar="IPA", help=ipa)
 
     add = parser.add_argument_group("training").add_argument
+    what = "the report's training, or a longer one of a larger model: other defaults of the options"
+    add("--recipe", choices=RECIPES, default="report", help=what)
     add("--n_epochs", type=whole, default=20, help="passes over the training words")
     add("--batch_size", type=whole, default=64, help="words a step")
     several = {"nargs": "+", "action": utils.OneOrMore}
@@ -63,7 +86,13 @@ def make_parser():
     add("--dropout", type=share, default=0.3, help="share of the units dropped")
     size = "width of embeddings and LSTMs, even"
     add("--hidden_size", type=utils.number(int, 2, 8192), default=128, help=size)
+    add("--layers", type=utils.number(int, 1, 8), default=1, help="LSTMs one upon another")
     add("--use_attn", action="store_true", help="Bahdanau attention over the phonemes")
+    schedule = "the learning rate: as it is, or up to it and down to 0, once"
+    add("--schedule", choices=("constant", "one_cycle"), default="constant", help=schedule)
+    smooth = "share of a letter's label that is spread over all letters"
+    add("--label_smoothing", type=share, default=0.0, help=smooth)
+    add("--clip", type=real, help="greatest norm of a step's gradient (default: any)")
     where = "folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in sample)"
     add("--data_dir", type=Path, metavar="DIR", help=where)
     name = "the checkpoint's file (default: made of the options; for spell: the best one)"
@@ -76,11 +105,16 @@ def make_parser():
     add("--k", type=utils.number(int, 1, 100), default=3, help="samples a word")
     beam = "also search with a beam of this size"
     add("--beam_size", type=utils.number(int, 1, 100), metavar="N", help=beam)
+    together = (
+        "test, or spell with, the models of several seeds together; those missing are trained"
+    )
+    add("--ensemble", action="store_true", help=together)
     add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN, help="longest spelling")
     file = "for spell: a file with IPA on each line, or - for standard input"
     add("--input", metavar="FILE", help=file)
     utils.add_machine_options(parser, "--")
     utils.add_report_options(parser, "--")
+    parser.set_defaults(**RECIPES[recipe])
     return parser
 
 
@@ -93,22 +127,28 @@ def _settle(parser, options):
     if options.mode != "spell" and (options.ipa or options.input):
         parser.error("IPA and --input go with spell: python hw2_q3.py spell ...")
     several = [name for name in ("lr", "seed") if isinstance(getattr(options, name), list)]
-    if several and (options.mode or options.checkpoint_name):
+    if options.ensemble and (several != ["seed"] or options.mode == "train"):
+        parser.error("--ensemble is for testing or spelling with several seeds: --seed 42 1 2")
+    if several and (options.checkpoint_name or (options.mode and not options.ensemble)):
         parser.error(f"several values of --{several[0]} are for training and testing in one")
     if options.ipa and options.input:
         parser.error("give IPA either as arguments or by --input")
     utils.check_report_options(parser, options, "--")
+    del options.recipe  # all that it said is in the other options now
     return options
 
 
 def run_options(options):
     """Those of a namespace that can change a training's result, as a dictionary."""
-    return {name: getattr(options, name) for name in RUN_OPTIONS}
+    later = [name for name, before in LATER_OPTIONS.items() if getattr(options, name) != before]
+    return {name: getattr(options, name) for name in (*RUN_OPTIONS, *later)}
 
 
 def command(options):
-    """The command line, without paths and machine, that repeats the run with these options."""
-    return " ".join(["python hw2_q3.py", *make_parser().arguments(options)])
+    """The command line, without paths and machine, that repeats the run with these options: from
+    the recipe with which it is the shortest."""
+    parsers = {recipe: make_parser(recipe) for recipe in RECIPES}
+    return utils.shortest_command("python hw2_q3.py", parsers, LATER_OPTIONS | options)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -227,23 +267,30 @@ class BahdanauAttention(nn.Module):
         return torch.tanh(self.combine(torch.cat((context, states), 1))), weights
 
 
-class Encoder(nn.Module):
-    """Bidirectional LSTM: phonemes (B, S), padded, and their numbers (B,), on the CPU, -> outputs
-    (B, S, H) and final states 2 x (1, B, H)."""
+def make_lstm(inputs, hidden_size, layers, dropout, **more):
+    """An LSTM of some layers, with dropout between them."""
+    between = dropout if layers > 1 else 0.0
+    return nn.LSTM(inputs, hidden_size, layers, batch_first=True, dropout=between, **more)
 
-    def __init__(self, symbols, hidden_size, dropout):
+
+class Encoder(nn.Module):
+    """Bidirectional LSTM of some layers: phonemes (B, S), padded, and their numbers (B,), on the
+    CPU, -> outputs (B, S, H) and final states 2 x (layers, B, H)."""
+
+    def __init__(self, symbols, hidden_size, dropout, layers=1):
         super().__init__()
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
-        self.lstm = nn.LSTM(hidden_size, hidden_size // 2, batch_first=True, bidirectional=True)
+        self.lstm = make_lstm(hidden_size, hidden_size // 2, layers, dropout, bidirectional=True)
         self.dropout = utils.Dropout(dropout)
 
     def forward(self, sources, lengths):
         x = self.dropout(self.embedding(sources))  # (B, S, H)
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        outputs, state = self.lstm(packed)  # 2 x (2, B, H / 2)
+        outputs, state = self.lstm(packed)  # 2 x (layers * 2, B, H / 2)
         whole = {"batch_first": True, "total_length": sources.shape[1]}
         outputs, _ = pad_packed_sequence(outputs, **whole)  # (B, S, H)
-        state = tuple(part.transpose(0, 1).flatten(1).unsqueeze(0) for part in state)
+        state = (part.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2) for part in state)
+        state = tuple(state)  # 2 x (layers, B, H)
         return self.dropout(outputs), state
 
 
@@ -251,17 +298,17 @@ class Decoder(nn.Module):
     """LSTM over the characters, with attention if wanted; its output layer is tied to its
     embedding (Press and Wolf 2017, section 2)."""
 
-    def __init__(self, symbols, hidden_size, dropout, use_attn):
+    def __init__(self, symbols, hidden_size, dropout, use_attn, layers=1):
         super().__init__()
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
-        self.lstm = nn.LSTM(hidden_size, hidden_size, batch_first=True)
+        self.lstm = make_lstm(hidden_size, hidden_size, layers, dropout)
         self.attention = BahdanauAttention(hidden_size) if use_attn else None
         self.dropout = utils.Dropout(dropout)
         self.output = nn.Linear(hidden_size, symbols)
         self.output.weight = self.embedding.weight
 
     def forward(self, characters, state, memory, steps, words):
-        """Characters so far (B, T), state 2 x (1, B, H) -> logits (R, V) of the next characters at
+        """Characters so far (B, T), state 2 x (layers, B, H) -> logits (R, V) of the next ones at
         the R true places of `steps` (B, T), row by row, the state after the last character, and
         the attention weights (R, S), None without attention.
 
@@ -280,10 +327,12 @@ class Decoder(nn.Module):
 class Seq2Seq(nn.Module):
     """Encoder and decoder, the decoder started from the encoder's final states."""
 
-    def __init__(self, phonemes, characters, hidden_size=128, dropout=0.3, use_attn=False):
+    def __init__(
+        self, phonemes, characters, hidden_size=128, dropout=0.3, use_attn=False, layers=1
+    ):
         super().__init__()
-        self.encoder = Encoder(phonemes, hidden_size, dropout)
-        self.decoder = Decoder(characters, hidden_size, dropout, use_attn)
+        self.encoder = Encoder(phonemes, hidden_size, dropout, layers)
+        self.decoder = Decoder(characters, hidden_size, dropout, use_attn, layers)
 
     def encode(self, sources, lengths):
         """Phonemes (B, S), lengths (B,) on the CPU -> Memory, None without attention, and state."""
@@ -301,10 +350,42 @@ class Seq2Seq(nn.Module):
         logits, _, weights = self.decoder(targets[:, :-1], state, memory, steps, words)
         return logits, weights
 
+    def next_log_probs(self, last, state, memory, words):
+        """One step of rows that spell `words` (R,), numbers into the memory: last characters (R,)
+        -> log-probabilities (R, V) of the next and the new state."""
+        every = torch.ones_like(last, dtype=torch.bool).unsqueeze(1)  # (R, 1)
+        logits, state, _ = self.decoder(last.unsqueeze(1), state, memory, every, words)
+        logits[:, :END] = -torch.inf
+        return logits.log_softmax(1), state
+
+
+class Ensemble(nn.Module):
+    """Models with the same symbols that spell together: each next character by the mean of their
+    probabilities (Sutskever et al. 2014, section 3.6)."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def encode(self, sources, lengths):
+        """As Seq2Seq.encode: a tuple of memories, and the states one after the other."""
+        memories, states = zip(*(model.encode(sources, lengths) for model in self.models))
+        return memories, sum(states, ())
+
+    def next_log_probs(self, last, state, memory, words):
+        """As Seq2Seq.next_log_probs."""
+        found = [
+            model.next_log_probs(last, state[2 * i : 2 * i + 2], memory[i], words)
+            for i, model in enumerate(self.models)
+        ]
+        log_probs, states = zip(*found)
+        return torch.stack(log_probs).logsumexp(0) - math.log(len(found)), sum(states, ())
+
 
 def build_model(options, phonemes, characters):
     """The model that the options (a dictionary) describe, for the two vocabularies."""
-    names = ("hidden_size", "dropout", "use_attn")
+    options = LATER_OPTIONS | options
+    names = ("hidden_size", "dropout", "use_attn", "layers")
     return Seq2Seq(len(phonemes), len(characters), **{name: options[name] for name in names})
 
 
@@ -313,15 +394,6 @@ def build_model(options, phonemes, characters):
 
 ROWS = 1024  # spelled at once: few enough that words of like length stay among themselves
 MAX_LEN = 50  # characters
-
-
-def next_log_probs(model, last, state, memory, words):
-    """One step of rows that spell `words` (R,), numbers into the memory: last characters (R,) ->
-    log-probabilities (R, V) of the next and the new state."""
-    every = torch.ones_like(last, dtype=torch.bool).unsqueeze(1)  # (R, 1)
-    logits, state, _ = model.decoder(last.unsqueeze(1), state, memory, every, words)
-    logits[:, :END] = -torch.inf
-    return logits.log_softmax(1), state
 
 
 @torch.inference_mode()
@@ -339,7 +411,7 @@ def generate(model, sources, lengths, choose, copies=1, max_len=MAX_LEN):
     rows = torch.arange(len(words), device=sources.device)  # the unfinished ones
     last = torch.full_like(rows, START)
     for position in range(max_len):
-        log_probs, state = next_log_probs(model, last, state, memory, words[rows])
+        log_probs, state = model.next_log_probs(last, state, memory, words[rows])
         last = choose(log_probs)
         characters[rows, position] = last
         scores[rows] += log_probs.gather(1, last.unsqueeze(1))[:, 0]
@@ -401,7 +473,7 @@ def beam_search(model, sources, lengths, beam_size, max_len=MAX_LEN):
     last = torch.full((count,), START, device=device)
     words = torch.arange(count, device=device)
     for position in range(max_len):
-        log_probs, state = next_log_probs(model, last, state, memory, words)
+        log_probs, state = model.next_log_probs(last, state, memory, words)
         size = log_probs.shape[1]
         candidates = torch.full((count, beam_size, size), -torch.inf, device=device)
         candidates[:, :, PAD] = scores.where(row_of < 0, -torch.inf)  # finished: as it is
@@ -426,13 +498,13 @@ class Speller(NamedTuple):
     """A model and the vocabularies of its two sides. Each way of spelling `Words` gives for each
     word a list of candidates (spelling, log-probability)."""
 
-    model: Seq2Seq
+    model: Seq2Seq | Ensemble
     phonemes: Vocabulary
     characters: Vocabulary
 
     def tensors(self, pairs):
         """Pairs (phonemes, spelling) as `Words`, on the model's device."""
-        device = self.model.decoder.embedding.weight.device
+        device = next(self.model.parameters()).device
         return to_tensors(pairs, self.phonemes, self.characters, device)
 
     def greedy(self, words, max_len=MAX_LEN):
@@ -505,16 +577,22 @@ def score_candidates(candidates, true, k=1):
 # training
 
 
-def make_step(model, optimizer, totals):
+def make_step(model, optimizer, totals, smoothing=0.0, clip=None):
     """A function that trains on one batch and adds (summed loss, characters, 1 if the loss is
-    finite) to `totals`, on the device: reading a number back would make it wait."""
+    finite) to `totals`, on the device: reading a number back would make it wait.
+
+    smoothing: the share of a label that goes to all letters alike (Szegedy et al. 2016, section 7);
+    clip: the greatest norm of the gradient (Pascanu et al. 2013, section 3.2).
+    """
 
     def step(sources, lengths, targets):
         logits, _ = model(sources, lengths, targets)  # (R, V)
         true = targets[:, 1:]
-        loss = F.cross_entropy(logits, true[true != PAD])
+        loss = F.cross_entropy(logits, true[true != PAD], label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         loss = loss.detach()
         count = loss.new_tensor(len(logits))
@@ -555,7 +633,11 @@ def fit(run, speller, optimizer, words, options):
         print(f"Going on after epoch {len(seconds)}")
     symbols = {"phonemes": speller.phonemes.symbols, "characters": speller.characters.symbols}
     totals = torch.zeros(3, device=words["train"].sources.device)
-    step = make_step(model, optimizer, totals)
+    step = make_step(model, optimizer, totals, options.label_smoothing, options.clip)
+    if options.schedule == "one_cycle":
+        batches = math.ceil(len(words["train"].lengths) / options.batch_size)
+        begun, steps = len(seconds) * batches, options.n_epochs * batches
+        step = utils.one_cycle(step, optimizer, options.lr, begun, steps)
     for epoch in range(len(seconds) + 1, options.n_epochs + 1):
         started = time.perf_counter()
         utils.seed_everything(options.seed, epoch)
@@ -650,8 +732,16 @@ def audit(data):
 def make_run(options, data):
     """The utils.Run of these options on these data."""
     config = utils.run_config(QUESTION, RECIPE, run_options(options), data)
-    title = f"q3-{'attn' if options.use_attn else 'plain'}-lr{options.lr:g}-seed{options.seed}"
-    return utils.Run(f"{title}-{data.name}", config, options.output_dir, checkpoint_file(options))
+    what = f"q3-{'attn' if options.use_attn else 'plain'}-lr{options.lr:g}"
+    seeds = "ensemble" if options.ensemble else f"seed{options.seed}"
+    title = f"{what}-{seeds}-{data.name}"
+    return utils.Run(title, config, options.output_dir, checkpoint_file(options))
+
+
+def members(options):
+    """The options of each run that an ensemble combines, or of each of several runs."""
+    single = argparse.Namespace(**vars(options) | {"ensemble": False})
+    return utils.each(single, "lr", "seed")
 
 
 def checkpoint_file(options):
@@ -681,6 +771,35 @@ def load_speller(path, device):
     return Speller(model.eval(), phonemes, characters), saved
 
 
+def sampling_seed(options):
+    """The seed of nucleus sampling: the run's, or an ensemble's first."""
+    return options.seed[0] if options.ensemble else options.seed
+
+
+def load_ensemble(options, data, device):
+    """The Speller of the runs that --ensemble combines."""
+    runs = [make_run(own, data) for own in members(options)]
+    spellers = [load_speller(run.checkpoint, device)[0] for run in runs]
+    return spellers[0]._replace(model=Ensemble([speller.model for speller in spellers]).eval())
+
+
+def test_ensemble(data, device, options):
+    """Score the models of several seeds together on the test words; print and record it."""
+    run, speller = make_run(options, data), load_ensemble(options, data, device)
+    final = score(speller, data.splits["test"], options)
+    print_scores(final, options, " (built-in sample)" if data.name == "sample" else "")
+    record = {
+        "command": command(run.config["options"]),
+        "config": run.config,
+        "parameters": sum(p.numel() for p in speller.model.parameters()),
+        "history": {},
+        "measured": utils.measured(device, []),
+        "final": final,
+    }
+    utils.save_record(run.record, record)
+    print(f"Record: {run.record}")
+
+
 def test(run, data, device, options):
     """Score the run's best checkpoint on the test words, print the report's lines, complete the
     record and draw the figures."""
@@ -707,9 +826,10 @@ def score(speller, pairs, options):
     word's length, distances and the rank of its first right candidate, and the usual mistakes."""
     words = speller.tensors(pairs)
     true, max_len, size = words.spellings, options.max_len, options.beam_size or 5
+    seed = sampling_seed(options)
     greedy = only_spellings(speller.greedy(words, max_len))
     most = max(options.k, MOST)
-    samples = only_spellings(speller.sample(words, options.topp, most, options.seed, max_len))
+    samples = only_spellings(speller.sample(words, options.topp, most, seed, max_len))
     beams = {n: only_spellings(speller.beam(words, n, max_len)) for n in {size, MOST}}
     at = min(size, options.k)
     return {
@@ -1034,17 +1154,26 @@ def segment(text, phonemes):
     return found
 
 
-def spell(options, device):
-    """Spell the IPA of the arguments, of --input, of standard input, or typed at a prompt."""
+def choose_speller(options, device):
+    """The Speller of --checkpoint_name, or the best there is, and what to say of it."""
     path = checkpoint_file(options) or utils.best_checkpoint(
         options.output_dir / "checkpoints", "q3", lambda saved: -min(saved["history"]["val_cer"])
     )
     speller, saved = load_speller(path, device)
-    asked = not (options.ipa or options.input) and sys.stdin.isatty()
-    lines = [] if asked else options.ipa or read_lines(options.input)
     known = "the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else "your words"
     cer = min(saved["history"]["val_cer"])
-    print(f"Model: {path} (trained on {known}, validation CER {cer:.4f})", file=sys.stderr)
+    return speller, f"{path} (trained on {known}, validation CER {cer:.4f})"
+
+
+def spell(options, device):
+    """Spell the IPA of the arguments, of --input, of standard input, or typed at a prompt."""
+    if options.ensemble:
+        speller, note = load_ensemble(options, load_data(options), device), "the ensemble"
+    else:
+        speller, note = choose_speller(options, device)
+    asked = not (options.ipa or options.input) and sys.stdin.isatty()
+    lines = [] if asked else options.ipa or read_lines(options.input)
+    print(f"Model: {note}", file=sys.stderr)
     spell_lines(lines, speller, options)
     while asked:
         asked = ask()
@@ -1083,7 +1212,7 @@ def spell_lines(lines, speller, options):
     if options.beam_size:
         found = speller.beam(words, options.beam_size, max_len)
     elif options.nucleus:
-        found = speller.sample(words, options.topp, options.k, options.seed, max_len)
+        found = speller.sample(words, options.topp, options.k, sampling_seed(options), max_len)
     else:
         found = speller.greedy(words, max_len)
     for (sound, _), candidates in zip(pairs, found):
@@ -1101,14 +1230,18 @@ def main(argv=None):
     if options.report:
         utils.write_report(sys.modules[__name__], options)
         return
-    if len(several := utils.each(options, "lr", "seed")) > 1:
+    if not options.mode and len(several := members(options)) > 1:
         utils.train_many(sys.modules[__name__], several)
-        return
+        if not options.ensemble:
+            return
     device = utils.prepare_device(options.device, options.threads)
     if options.mode == "spell":
         spell(options, device)
         return
     data = load_data(options)
+    if options.ensemble:
+        test_ensemble(data, device, options)
+        return
     print("\n".join(audit(data)))
     run = make_run(options, data)
     if options.mode == "test":

@@ -88,18 +88,32 @@ class Parser(argparse.ArgumentParser):
         return is_option and name not in self._option_string_actions
 
     def arguments(self, options):
-        """The arguments that say what `options`, a dictionary, says beyond the defaults."""
+        """The arguments that say what `options`, a dictionary, says beyond the defaults; None if
+        none can."""
         words = []
         for action in self._actions:
-            value = options.get(action.dest)
-            if value is None or value == action.default:
+            value = options.get(action.dest, action.default)
+            if value == action.default:
                 continue
+            if value is None or (action.nargs == 0 and value != action.const):
+                return None
             values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
             words += [*action.option_strings[:1], *map(str, values)]
         return words
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def shortest_command(name, parsers, options):
+    """The shortest command line that says what `options`, a dictionary, says: `name` and the
+    arguments beyond the defaults of one of `parsers`, {recipe: Parser}."""
+    lines = []
+    for recipe, parser in parsers.items():
+        words = parser.arguments(options | {"recipe": recipe})
+        if words is not None:
+            lines.append(" ".join([name, *words]))
+    return min(lines, key=len)
 
 
 class OneOrMore(argparse.Action):

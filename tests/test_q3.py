@@ -103,6 +103,8 @@ def test_spell_takes_options_before_and_behind_its_words():
         "spell a --checkpoint_name no/such.pt",
         "test --seed 1 2", "spell a --lr 0.1 0.2", "--seed 1 2 --checkpoint_name x.pt", "--jobs 0",
         "--report some", "--report --n_seeds 9", "--report --figure_format gif",
+        "--recipe none", "--layers 0", "--clip 0", "--label_smoothing 1", "--schedule cosine",
+        "--ensemble", "train --ensemble --seed 1 2", "--ensemble --seed 1 2 --lr 0.1 0.2",
     ],
 )  # fmt: skip
 def test_bad_options_end_with_one_line(line, fails, folder, tmp_path):
@@ -114,12 +116,36 @@ def test_bad_options_end_with_one_line(line, fails, folder, tmp_path):
     assert any(word.rstrip("s") in message for word in named)
 
 
-@pytest.mark.parametrize("line", ["", "--use_attn", "--lr 0.01 --seed 3 --hidden_size 64"])
+def test_a_recipe_is_the_defaults_of_its_options():
+    best = hw2_q3.RECIPES["best"]
+    for name, value in best.items():
+        assert getattr(options("--recipe", "best"), name) == value
+        assert value != hw2_q3.make_parser().get_default(name)
+    assert options("--recipe", "best", "--layers", 3).layers == 3
+    assert options("--recipe", "best", "--layers", 3).clip == best["clip"]
+
+
+def test_commands_say_what_a_recipe_has_no_words_against():
+    """--use_attn and --clip, once on, cannot be put off; so these start from the other recipe."""
+    best = hw2_q3.run_options(options("--recipe", "best"))
+    for name in ("use_attn", "clip"):
+        without = best | {name: hw2_q3.make_parser().get_default(name)}
+        again = options(*hw2_q3.command(without).split()[2:])
+        assert getattr(again, name) == without[name]
+        assert again.layers == best["layers"]
+
+
+LINES = ["", "--use_attn", "--lr 0.01 --seed 3 --hidden_size 64", "--recipe best --seed 3"]
+LINES += ["--layers 2 --schedule one_cycle --clip 1.0 --label_smoothing 0.1"]
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_the_recorded_command_repeats_the_run(line):
-    chosen = {name: getattr(options(*line.split()), name) for name in hw2_q3.RUN_OPTIONS}
+    chosen = hw2_q3.run_options(options(*line.split()))
     command = hw2_q3.command(chosen)
     assert command.startswith("python hw2_q3.py")
     assert set(command.split()[2:]) == set(line.split())
+    assert hw2_q3.run_options(options(*command.split()[2:])) == chosen
 
 
 # ----------------------------------------------------------------------------------------------
@@ -260,9 +286,10 @@ def test_attention_gradients_equal_a_loops():
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("use_attn", [True, False])
-def test_padded_sources_give_what_each_word_gives_alone(vocabularies, use_attn):
-    model = build(vocabularies, use_attn=use_attn)
+def test_padded_sources_give_what_each_word_gives_alone(vocabularies, use_attn, layers):
+    model = build(vocabularies, use_attn=use_attn, layers=layers)
     tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
     together, _ = model(tensors.sources, tensors.lengths, tensors.targets)
     alone = []
@@ -272,8 +299,9 @@ def test_padded_sources_give_what_each_word_gives_alone(vocabularies, use_attn):
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-def test_all_steps_at_once_equal_one_at_a_time(vocabularies):
-    model = build(vocabularies)
+@pytest.mark.parametrize("layers", [1, 3])
+def test_all_steps_at_once_equal_one_at_a_time(vocabularies, layers):
+    model = build(vocabularies, layers=layers)
     source = torch.tensor([[4, 5, 6]]), torch.tensor([3])
     targets = torch.tensor([[START, 4, 5, 6, END]])
     memory, state = model.encode(*source)
@@ -308,6 +336,36 @@ def test_model_training_and_greedy_spelling_are_the_textbooks(vocabularies):
     spelled = [benchmark.textbook_spell(textbook, source) for source in sources]
     greedy = hw2_q3.Speller(ours, *vocabularies).greedy(words)
     assert hw2_q3.only_spellings(greedy) == [[vocabularies[1].decode(s)] for s in spelled]
+
+
+def test_each_layer_of_the_decoder_starts_from_the_encoders(vocabularies):
+    """The final states of both its directions, side by side."""
+    model = build(vocabularies, layers=2)
+    sources = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    _, (hidden, cell) = model.encode(sources, torch.tensor([3, 3]))
+    outputs, (own, _) = model.encoder.lstm(model.encoder.embedding(sources))
+    assert hidden.shape == cell.shape == (2, 2, 16)
+    torch.testing.assert_close(hidden[0], torch.cat((own[0], own[1]), 1))
+    last = torch.cat((outputs[:, -1, :8], outputs[:, 0, 8:]), 1)  # forwards, backwards
+    torch.testing.assert_close(hidden[1], last)
+
+
+def test_label_smoothing_and_clipping_by_hand(vocabularies):
+    words, losses = hw2_q3.to_tensors(PAIRS, *vocabularies), []
+    batch, true = (words.sources, words.lengths, words.targets), words.targets[:, 1:]
+    for smoothing, clip in ((0.0, None), (0.2, None), (0.2, 0.01)):
+        model, totals = build(vocabularies), torch.zeros(3)
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        log_probs = model(*batch)[0].detach().log_softmax(1)
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        hw2_q3.make_step(model, optimizer, totals, smoothing, clip)(*batch)
+        own = -log_probs.gather(1, true[true != PAD].unsqueeze(1)).mean()
+        expected = (1 - smoothing) * own - smoothing * log_probs.mean()
+        assert (totals[0] / totals[1]).item() == pytest.approx(expected.item(), rel=1e-5)
+        after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        losses.append((after - before).norm().item())
+    assert losses[2] == pytest.approx(0.01, rel=1e-3)
+    assert min(losses[:2]) > 0.05
 
 
 def test_the_output_layer_is_the_embedding(vocabularies):
@@ -357,6 +415,39 @@ def plain_greedy(model, sources, characters, max_len):
         logits[[PAD, UNK, START]] = -torch.inf
         inputs.append(int(logits.argmax()))
     return characters.decode(inputs[1:])
+
+
+def test_an_ensemble_has_the_mean_of_its_models_probabilities(vocabularies):
+    """Also of models of different depth and with and without attention, letter by letter."""
+    kinds = {"layers": 2}, {"use_attn": False}, {}
+    models = [build(vocabularies, seed, **kind) for seed, kind in enumerate(kinds)]
+    ensemble = hw2_q3.Speller(hw2_q3.Ensemble(models), *vocabularies)
+    words = ensemble.tensors(PAIRS[:3])
+    for row, [(spelling, log_prob)] in enumerate(ensemble.greedy(words, 6)):
+        source, length = words.sources[row : row + 1, : words.lengths[row]], words.lengths[row:][:1]
+        letters = [*vocabularies[1].encode(spelling), END][:6]
+        target = torch.tensor([[START, *letters, END]])
+        probs = 0
+        for model in models:
+            logits = model(source, length, target)[0][: len(letters)]
+            logits[:, :END] = -torch.inf
+            probs = probs + logits.softmax(1) / len(models)
+        assert probs.argmax(1).tolist() == letters
+        total = probs.gather(1, torch.tensor([letters]).T).log().sum()
+        assert log_prob == pytest.approx(total.item(), abs=1e-4)
+
+
+def test_an_ensemble_of_one_model_is_that_model(vocabularies):
+    speller = build_speller(vocabularies)
+    twice = speller._replace(model=hw2_q3.Ensemble([speller.model, speller.model]).eval())
+    words = speller.tensors(PAIRS)
+    for one, two in zip(speller.beam(words, 3, 8), twice.beam(words, 3, 8)):
+        assert [spelling for spelling, _ in one] == [spelling for spelling, _ in two]
+        assert [p for _, p in one] == pytest.approx([p for _, p in two], abs=1e-4)
+    assert speller.sample(words, 0.8, 2, 1, 8) == [
+        [(spelling, pytest.approx(p, abs=1e-4)) for spelling, p in found]
+        for found in twice.sample(words, 0.8, 2, 1, 8)
+    ]
 
 
 def test_a_beam_of_one_is_greedy(vocabularies):
@@ -609,6 +700,42 @@ def test_several_seeds_are_the_runs_one_by_one(folder, tmp_path, capsys, monkeyp
     assert f"{path.stem}: {hw2_q3.summary(pairs[0][0])}" in lines
 
 
+def test_an_ensemble_trains_what_is_missing_and_is_scored_as_one(folder, tmp_path, capsys):
+    where = ["--data_dir", folder, "--output_dir", tmp_path, "--n_epochs", 2, "--hidden_size", 8]
+    argv = [str(word) for word in (*where, "--seed", 1, 2, "--ensemble", "--beam_size", 2)]
+    hw2_q3.main(argv)
+    assert "Beam search, size 2, the best:" in capsys.readouterr().out
+    records = {path.name: path.read_bytes() for path in tmp_path.glob("figures/runs/*")}
+    assert len(records) == 3
+    [name] = [name for name in records if "ensemble" in name]
+    record = utils.load_record(tmp_path / "figures" / "runs" / name)
+    assert record["config"]["options"]["seed"] == [1, 2]
+    assert (
+        record["command"] == "python hw2_q3.py --n_epochs 2 --hidden_size 8 --ensemble --seed 1 2"
+    )
+    hw2_q3.main(["test", *argv])
+    again = utils.load_record(tmp_path / "figures" / "runs" / name)
+    assert again["final"] == record["final"]
+    paths = tmp_path.glob("checkpoints/*.pt")
+    spellers = [hw2_q3.load_speller(path, "cpu")[0] for path in paths]
+    ensemble = spellers[0]._replace(model=hw2_q3.Ensemble([s.model for s in spellers]))
+    words = ensemble.tensors(PAIRS[8:18])
+    [wer] = {hw2_q3.wer([found[0][0] for found in ensemble.greedy(words)], words.spellings)}
+    assert record["final"]["greedy"]["wer"] == wer
+    capsys.readouterr()
+    hw2_q3.main(["spell", "C A B", *argv])
+    out, err = capsys.readouterr()
+    assert "the ensemble" in err
+    [found] = ensemble.beam(ensemble.tensors([(("C", "A", "B"), "")]), 2)
+    assert [line.split("\t")[1] for line in out.splitlines()] == [w for w, _ in found]
+
+
+@pytest.mark.parametrize("mode", ["test", "spell"])
+def test_an_ensemble_of_models_that_are_not_there(folder, tmp_path, fails, mode):
+    argv = [mode, "--ensemble", "--seed", 1, 2, "--data_dir", folder, "--output_dir", tmp_path]
+    assert "-seed1-pronunciations-" in fails(hw2_q3.main, argv)
+
+
 @pytest.mark.parametrize("argv", [["--use_attn"], []], ids=["attention", "plain"])
 def test_output_record_and_figures_of_a_run(train, tmp_path, capsys, argv, words):
     record, saved = train(*argv, "--nucleus", "--beam_size", 4)
@@ -735,9 +862,10 @@ def test_the_same_run_twice_gives_the_same_bits(train):
     assert_equal_runs(first, second, PARTS)
 
 
+@pytest.mark.parametrize("recipe", ["report", "best"])
 @pytest.mark.parametrize("moment", ["after an epoch", "within an epoch", "before the test"])
-def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, moment):
-    argv = ["--use_attn", "--n_epochs", 5, "--batch_size", 4]
+def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, moment, recipe):
+    argv = ["--use_attn", "--n_epochs", 5, "--batch_size", 4, "--recipe", recipe]
     real_save, real_step, real_test = utils.save_run, hw2_q3.make_step, hw2_q3.test
     done = []
 
