@@ -776,6 +776,18 @@ def sampling_seed(options):
     return options.seed[0] if options.ensemble else options.seed
 
 
+def train_many(several, options):
+    """Train several runs; for an ensemble also those whose record is there, but no checkpoint."""
+    data = load_data(several[0])
+    lost = [own for own in several if not make_run(own, data).checkpoint.exists()]
+    lost = lost if options.ensemble and not options.restart else []
+    for own in lost:
+        own.restart = True
+    for part in (lost, [own for own in several if own not in lost]):
+        if part:
+            utils.train_many(sys.modules[__name__], part, data)
+
+
 def load_ensemble(options, data, device):
     """The Speller of the runs that --ensemble combines."""
     runs = [make_run(own, data) for own in members(options)]
@@ -1231,7 +1243,7 @@ def main(argv=None):
         utils.write_report(sys.modules[__name__], options)
         return
     if not options.mode and len(several := members(options)) > 1:
-        utils.train_many(sys.modules[__name__], several)
+        train_many(several, options)
         if not options.ensemble:
             return
     device = utils.prepare_device(options.device, options.threads)
