@@ -510,13 +510,36 @@ def predict(model, images, batch_size=64):
 def evaluate(model, images, labels):
     """Mean loss (nats), accuracy (0..1) and the confusion matrix, rows true, columns predicted."""
     log_probs, labels = predict(model, images), labels.cpu()
-    pairs = labels * len(CLASSES) + log_probs.argmax(1)
-    confusion = torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
     return {
         "loss": F.nll_loss(log_probs, labels).item(),
-        "accuracy": confusion.trace().item() / len(labels),
-        "confusion": confusion.tolist(),
+        "accuracy": (log_probs.argmax(1) == labels).sum().item() / len(labels),
+        "confusion": confusion_matrix(log_probs, labels).tolist(),
     }
+
+
+def confusion_matrix(log_probs, labels):
+    """How many pictures of each class (rows) are taken for each class (columns)."""
+    pairs = labels * len(CLASSES) + log_probs.argmax(1)
+    return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
+
+
+def certainty(model, images, labels, bins=10, sure=0.9):
+    """How far the probability of the predicted class can be believed (Guo et al. 2017, section 2).
+
+    calibration: for each of the bins of that probability [pictures, their mean probability, the
+    share of them that is right]; confident: the confusion matrix of those of at least `sure`.
+    """
+    log_probs, labels = predict(model, images), labels.cpu()
+    found, predicted = log_probs.exp().max(1)
+    right, rows = (predicted == labels).float(), []
+    places = (found * bins).long().clamp(max=bins - 1)
+    for place in range(bins):
+        here = places == place
+        means = [part[here].mean().item() for part in (found, right)] if here.any() else [None] * 2
+        rows.append([here.sum().item(), *means])
+    chosen = found >= sure
+    confident = confusion_matrix(log_probs[chosen], labels[chosen])
+    return {"calibration": rows, "confident": confident.tolist()}
 
 
 def moved_accuracies(model, images, labels, most=4):
@@ -614,11 +637,7 @@ def train(run, data, device, options):
     }
     if stopped:
         utils.stop_diverged(run, record, len(seconds) + 1, stopped)
-    final = record["final"] = {s: evaluate(model, *splits[s]) for s in utils.SPLITS}
-    if not options.scramble_pixels:
-        final["test"]["moved"] = moved_accuracies(model, *splits["test"])
-        if options.head == "gap" and options.kernel_size != SIZE:
-            final["test"]["sizes"] = size_accuracies(model, *splits["test"])
+    final = record["final"] = score(model, splits, options)
     mark = " (built-in sample)" if data.name == "sample" else ""
     print(f"Valid acc: {final['val']['accuracy']:.4f}{mark}")
     print(f"Final Test acc: {final['test']['accuracy']:.4f}{mark}")
@@ -626,6 +645,23 @@ def train(run, data, device, options):
     utils.save_record(run.record, record)  # last: a run with a record is complete
     utils.finish_run(run)
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
+
+
+def score(model, splits, options):
+    """A run's final scores: each split's, and what the report says of the test pictures."""
+    final = {split: evaluate(model, *splits[split]) for split in utils.SPLITS}
+    test = splits["test"]
+    final["test"] |= certainty(model, *test)
+    if not options.scramble_pixels:
+        final["test"]["moved"] = moved_accuracies(model, *test)
+        if options.head == "gap" and options.kernel_size != SIZE:
+            final["test"]["sizes"] = size_accuracies(model, *test)
+    if model.mirror:
+        model.mirror = False
+        for split in utils.SPLITS:
+            final[split]["unmirrored"] = evaluate(model, *splits[split])["accuracy"]
+        model.mirror = True
+    return final
 
 
 def summary(record):

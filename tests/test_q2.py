@@ -727,6 +727,40 @@ def test_scrambled_pixels_change_the_training(train):
     assert first[0]["history"] != second[0]["history"]
 
 
+def test_certainty_by_hand():
+    class Fixed(nn.Module):
+        """Takes every picture for class 1, the brighter, the surer."""
+
+        def forward(self, x):
+            sure = x[:, 0, 0, 0].unsqueeze(1)
+            others = (1 - sure) / 5
+            return torch.cat((others, sure, *[others] * 4), 1).log()
+
+    images = torch.zeros(5, 3, 48, 48, dtype=torch.uint8)
+    images[:, :, 0, 0] = torch.tensor([255, 242, 243, 140, 128]).unsqueeze(1)
+    found = hw2_q2.certainty(Fixed(), images, torch.tensor([1, 0, 1, 1, 2]))
+    rows = found["calibration"]
+    assert [row[0] for row in rows] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 3]
+    assert rows[5] == [2, pytest.approx(134 / 255), 0.5]
+    assert rows[9] == [3, pytest.approx(740 / 765), pytest.approx(2 / 3)]
+    assert rows[0] == [0, None, None]
+    confident = torch.tensor(found["confident"])
+    assert (confident[1, 1], confident[0, 1], confident.sum()) == (2, 1, 3)
+
+
+def test_a_run_with_mirror_images_is_also_scored_without(train, landscapes, tmp_path):
+    record, _ = train("-recipe", "best", "-batch_size", 9)
+    [path] = tmp_path.glob("out/checkpoints/*.pt")
+    model, _ = hw2_q2.load_network(path)
+    assert model.mirror
+    for split, scores in record["final"].items():
+        assert scores["accuracy"] == hw2_q2.evaluate(model, *landscapes.splits[split])["accuracy"]
+    model.mirror = False
+    for split, scores in record["final"].items():
+        alone = hw2_q2.evaluate(model, *landscapes.splits[split])["accuracy"]
+        assert scores["unmirrored"] == alone
+
+
 class Brightest(torch.nn.Module):
     """Takes a picture for class 1 if its pixel in the middle is white, else for class 0."""
 
