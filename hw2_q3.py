@@ -4,6 +4,7 @@
     python hw2_q3.py                               the same without attention, greedy
     python hw2_q3.py test --use_attn --beam_size 5 test the trained model, with beam search
     python hw2_q3.py spell "h ə l oʊ" "w ɝ l d"    spell your own IPA
+    python hw2_q3.py --use_attn --direction g2p    the other way: pronounce what is written
 
 options | symbols and batches | model | decoding | scores | training | testing | figures | report |
 spelling | main
@@ -40,7 +41,8 @@ RUN_OPTIONS = ("use_attn", "lr", "dropout", "n_epochs", "batch_size", "hidden_si
 # Those that came later, each with what was done before it; in a run's name and record only where
 # it says something else, so that the runs made before keep their names.
 LATER_OPTIONS = {
-    "layers": 1, "schedule": "constant", "label_smoothing": 0.0, "clip": None, "ensemble": False,
+    "direction": "p2g", "layers": 1, "schedule": "constant", "label_smoothing": 0.0, "clip": None,
+    "ensemble": False,
 }  # fmt: skip
 RECIPES = {  # what --recipe says where the command line does not
     "report": {},
@@ -93,6 +95,8 @@ def make_parser(recipe="report"):
     smooth = "share of a letter's label that is spread over all letters"
     add("--label_smoothing", type=share, default=0.0, help=smooth)
     add("--clip", type=real, help="greatest norm of a step's gradient (default: any)")
+    direction = "spell what is heard (p2g), or pronounce what is written (g2p)"
+    add("--direction", choices=("p2g", "g2p"), default="p2g", help=direction)
     where = "folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in sample)"
     add("--data_dir", type=Path, metavar="DIR", help=where)
     name = "the checkpoint's file (default: made of the options; for spell: the best one)"
@@ -160,29 +164,57 @@ PAD, UNK, START, END = range(len(SPECIAL))  # no decoder ever emits those before
 
 class Vocabulary:
     """The symbols of one side, numbered from 0; the first are the special ones, which no text has:
-    what looks like one there is unknown."""
+    what looks like one there is unknown. spaced: whether its texts have spaces between the symbols,
+    as those of phonemes have."""
 
-    def __init__(self, symbols):
-        self.symbols = list(symbols)
+    def __init__(self, symbols, spaced=False):
+        self.symbols, self.spaced = list(symbols), spaced
         known = list(enumerate(self.symbols))[len(SPECIAL) :]
         self.numbers = {symbol: number for number, symbol in known}
 
     @classmethod
-    def of(cls, sequences):
-        """The vocabulary of all symbols in `sequences`."""
-        return cls([*SPECIAL, *sorted({symbol for sequence in sequences for symbol in sequence})])
+    def of(cls, sequences, spaced=False):
+        """The vocabulary of all symbols in `sequences`: of symbols, or texts."""
+        split = cls((), spaced).split
+        found = (split(s) if isinstance(s, str) else s for s in sequences)
+        return cls([*SPECIAL, *sorted({symbol for one in found for symbol in one})], spaced)
 
     def __len__(self):
         return len(self.symbols)
+
+    def split(self, text):
+        """The symbols of a text."""
+        return text.split() if self.spaced else list(text)
+
+    def join(self, symbols):
+        """The text of these symbols."""
+        return (" " if self.spaced else "").join(symbols)
 
     def encode(self, sequence):
         """The numbers of the symbols; UNK for one that is not there."""
         return [self.numbers.get(symbol, UNK) for symbol in sequence]
 
     def decode(self, numbers):
-        """The symbols up to the first END or padding, joined."""
+        """The text of the symbols up to the first END or padding."""
         ends = (i for i, number in enumerate(numbers) if number in (END, PAD))
-        return "".join(self.symbols[number] for number in numbers[: next(ends, None)])
+        return self.join(self.symbols[number] for number in numbers[: next(ends, None)])
+
+
+def make_vocabularies(direction, sources, targets):
+    """The vocabularies of what is read and what is written, of all symbols in these sequences."""
+    spaced = direction == "p2g"  # what is read is phonemes
+    return Vocabulary.of(sources, spaced), Vocabulary.of(targets, not spaced)
+
+
+def facing(data, options):
+    """The words as --direction wants them: as they are, or as pairs (letters, phonemes as text)."""
+    if options.direction == "p2g":
+        return data
+    splits = {
+        split: [(tuple(word), " ".join(sound)) for sound, word in pairs]
+        for split, pairs in data.splits.items()
+    }
+    return utils.Pronunciations(splits, data.name)
 
 
 class Words(NamedTuple):
@@ -200,10 +232,10 @@ class Words(NamedTuple):
     spellings: list
 
 
-def to_tensors(pairs, phonemes, characters, device="cpu"):
-    """Pairs (phonemes, spelling) as `Words`, by the two vocabularies."""
-    sources = [torch.tensor(phonemes.encode(sound)) for sound, _ in pairs]
-    targets = [torch.tensor([START, *characters.encode(word), END]) for _, word in pairs]
+def to_tensors(pairs, source, target, device="cpu"):
+    """Pairs (phonemes, spelling) as `Words`, by the vocabularies of what is read and written."""
+    sources = [torch.tensor(source.encode(sound)) for sound, _ in pairs]
+    targets = [torch.tensor([START, *target.encode(target.split(word)), END]) for _, word in pairs]
     return Words(
         pad_sequence(sources, batch_first=True, padding_value=PAD).to(device),
         torch.tensor([len(source) for source in sources]),
@@ -327,12 +359,11 @@ class Decoder(nn.Module):
 class Seq2Seq(nn.Module):
     """Encoder and decoder, the decoder started from the encoder's final states."""
 
-    def __init__(
-        self, phonemes, characters, hidden_size=128, dropout=0.3, use_attn=False, layers=1
-    ):
+    def __init__(self, read, written, hidden_size=128, dropout=0.3, use_attn=False, layers=1):
+        """read, written: how many symbols there are to read and to write."""
         super().__init__()
-        self.encoder = Encoder(phonemes, hidden_size, dropout, layers)
-        self.decoder = Decoder(characters, hidden_size, dropout, use_attn, layers)
+        self.encoder = Encoder(read, hidden_size, dropout, layers)
+        self.decoder = Decoder(written, hidden_size, dropout, use_attn, layers)
 
     def encode(self, sources, lengths):
         """Phonemes (B, S), lengths (B,) on the CPU -> Memory, None without attention, and state."""
@@ -382,11 +413,11 @@ class Ensemble(nn.Module):
         return torch.stack(log_probs).logsumexp(0) - math.log(len(found)), sum(states, ())
 
 
-def build_model(options, phonemes, characters):
+def build_model(options, source, target):
     """The model that the options (a dictionary) describe, for the two vocabularies."""
     options = LATER_OPTIONS | options
     names = ("hidden_size", "dropout", "use_attn", "layers")
-    return Seq2Seq(len(phonemes), len(characters), **{name: options[name] for name in names})
+    return Seq2Seq(len(source), len(target), **{name: options[name] for name in names})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -495,17 +526,17 @@ def beam_search(model, sources, lengths, beam_size, max_len=MAX_LEN):
 
 
 class Speller(NamedTuple):
-    """A model and the vocabularies of its two sides. Each way of spelling `Words` gives for each
-    word a list of candidates (spelling, log-probability)."""
+    """A model and the vocabularies of what it reads and writes. Each way of spelling `Words` gives
+    for each word a list of candidates (spelling, log-probability)."""
 
     model: Seq2Seq | Ensemble
-    phonemes: Vocabulary
-    characters: Vocabulary
+    source: Vocabulary
+    target: Vocabulary
 
     def tensors(self, pairs):
         """Pairs (phonemes, spelling) as `Words`, on the model's device."""
         device = next(self.model.parameters()).device
-        return to_tensors(pairs, self.phonemes, self.characters, device)
+        return to_tensors(pairs, self.source, self.target, device)
 
     def greedy(self, words, max_len=MAX_LEN):
         """One candidate: the most probable character, again and again."""
@@ -531,7 +562,7 @@ class Speller(NamedTuple):
             lengths = words.lengths[rows]
             sources = words.sources[rows.to(words.sources.device), : lengths.max()]
             for row, *found in zip(rows.tolist(), *(t.tolist() for t in decode(sources, lengths))):
-                candidates = ((self.characters.decode(n), score) for n, score in zip(*found))
+                candidates = ((self.target.decode(n), score) for n, score in zip(*found))
                 spelled[row] = [c for c in candidates if c[1] > -math.inf]
         return spelled
 
@@ -545,10 +576,16 @@ def only_spellings(candidates):
 # scores
 
 
-def cer(predicted, true):
-    """Character error rate: summed Levenshtein distances over summed lengths of the true words."""
-    distances = sum(Levenshtein.distance(a, b) for a, b in zip(predicted, true, strict=True))
-    return distances / sum(map(len, true))
+def distances(predicted, true, split=list):
+    """The Levenshtein distance of each pair of texts, counted in the symbols that `split` gives."""
+    pairs = zip(predicted, true, strict=True)
+    return [Levenshtein.distance(split(a), split(b)) for a, b in pairs]
+
+
+def cer(predicted, true, split=list):
+    """Character error rate: summed Levenshtein distances over summed lengths of the true words; of
+    phonemes, where `split` gives these, the phoneme error rate."""
+    return sum(distances(predicted, true, split)) / sum(len(split(word)) for word in true)
 
 
 def wer(predicted, true):
@@ -562,13 +599,13 @@ def wer_at_k(candidates, true, k):
     return wrong / len(true)
 
 
-def score_candidates(candidates, true, k=1):
+def score_candidates(candidates, true, k=1, split=list):
     """CER and WER of the first candidates, and WER@k; word by word the first one's Levenshtein
     distance, and the rank, from 1, of the first right candidate, 0 where there is none."""
     first = [found[0] for found in candidates]
-    scores = {"cer": cer(first, true), "wer": wer(first, true)}
+    scores = {"cer": cer(first, true, split), "wer": wer(first, true)}
     scores[f"wer@{k}"] = wer_at_k(candidates, true, k)
-    scores["distances"] = [Levenshtein.distance(a, b) for a, b in zip(first, true)]
+    scores["distances"] = distances(first, true, split)
     ranks = (found.index(word) + 1 if word in found else 0 for found, word in zip(candidates, true))
     return scores | {"ranks": list(ranks)}
 
@@ -631,7 +668,8 @@ def fit(run, speller, optimizer, words, options):
     history, seconds, best = saved["history"], saved["seconds"], saved.get("best")
     if seconds:
         print(f"Going on after epoch {len(seconds)}")
-    symbols = {"phonemes": speller.phonemes.symbols, "characters": speller.characters.symbols}
+    rate = rate_name(run.config["options"])
+    symbols = {"source": speller.source.symbols, "target": speller.target.symbols}
     totals = torch.zeros(3, device=words["train"].sources.device)
     step = make_step(model, optimizer, totals, options.label_smoothing, options.clip)
     if options.schedule == "one_cycle":
@@ -647,14 +685,14 @@ def fit(run, speller, optimizer, words, options):
         except utils.Diverged as diverged:
             return history, seconds, diverged.batch
         spelled = only_spellings(speller.greedy(words["val"]))
-        valid = score_candidates(spelled, words["val"].spellings)
+        valid = score_candidates(spelled, words["val"].spellings, 1, speller.target.split)
         row = {"train_loss": loss, "val_cer": valid["cer"], "val_wer": valid["wer"]}
         if best is None or row["val_cer"] < min(history["val_cer"]):
             best = {name: weights.clone() for name, weights in model.state_dict().items()}
         for column, value in row.items():
             history.setdefault(column, []).append(value)
         seconds.append(time.perf_counter() - started)
-        scores = f"Training loss: {loss:.4f}  Validation CER: {row['val_cer']:.4f}"
+        scores = f"Training loss: {loss:.4f}  Validation {rate}: {row['val_cer']:.4f}"
         scores += f"  Validation WER: {row['val_wer']:.4f}  ({seconds[-1]:.1f} s)"
         print(f"Epoch {epoch:2}/{options.n_epochs}  {scores}", flush=True)
         utils.save_run(run, model, optimizer, history, seconds, best=best, symbols=symbols)
@@ -663,11 +701,10 @@ def fit(run, speller, optimizer, words, options):
 
 def train(run, data, device, options):
     """Train one model and write its record, as yet without test scores."""
-    phonemes = Vocabulary.of(sound for sound, _ in data.splits["train"])
-    characters = Vocabulary.of(word for _, word in data.splits["train"])
+    source, target = make_vocabularies(options.direction, *zip(*data.splits["train"]))
     utils.seed_everything(options.seed)
-    model = build_model(run.config["options"], phonemes, characters).to(device)
-    speller = Speller(model, phonemes, characters)
+    model = build_model(run.config["options"], source, target).to(device)
+    speller = Speller(model, source, target)
     words = {split: speller.tensors(data.splits[split]) for split in ("train", "val")}
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=fused)
@@ -695,7 +732,8 @@ def summary(record):
     greedy, nucleus = record["final"]["greedy"], record["final"]["nucleus"]
     k = nucleus["k"]
     at_k = f"nucleus Test WER@{k}: {nucleus[f'wer@{k}']:.4f}"
-    return f"Test CER: {greedy['cer']:.4f}, Test WER: {greedy['wer']:.4f}, {at_k}"
+    rate = rate_name(record["config"]["options"])
+    return f"Test {rate}: {greedy['cer']:.4f}, Test WER: {greedy['wer']:.4f}, {at_k}"
 
 
 def load_data(options):
@@ -729,10 +767,21 @@ def audit(data):
     yield f"Symbols not seen in training, read as unknown: {', '.join(new)}"
 
 
+def is_turned(options):
+    """Whether the options (a dictionary) say that words are pronounced, not spelled."""
+    return options.get("direction") == "g2p"
+
+
+def rate_name(options):
+    """What the error rate of the symbols is called."""
+    return "PER" if is_turned(options) else "CER"
+
+
 def make_run(options, data):
     """The utils.Run of these options on these data."""
     config = utils.run_config(QUESTION, RECIPE, run_options(options), data)
-    what = f"q3-{'attn' if options.use_attn else 'plain'}-lr{options.lr:g}"
+    turned = "g2p-" if options.direction == "g2p" else ""
+    what = f"q3-{turned}{'attn' if options.use_attn else 'plain'}-lr{options.lr:g}"
     seeds = "ensemble" if options.ensemble else f"seed{options.seed}"
     title = f"{what}-{seeds}-{data.name}"
     return utils.Run(title, config, options.output_dir, checkpoint_file(options))
@@ -763,12 +812,16 @@ def load_speller(path, device):
     UserError if it is not of question 3."""
     saved = utils.load_checkpoint(path, device)
     try:
-        phonemes, characters = (Vocabulary(saved["symbols"][s]) for s in ("phonemes", "characters"))
-        model = build_model(saved["config"]["options"], phonemes, characters).to(device)
+        options = LATER_OPTIONS | saved["config"]["options"]
+        source, target = (
+            Vocabulary(saved["symbols"][side], options["direction"] == spaced)
+            for side, spaced in (("source", "p2g"), ("target", "g2p"))
+        )
+        model = build_model(options, source, target).to(device)
         model.load_state_dict(saved["best"])
     except utils.MISFITS as error:
         raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
-    return Speller(model.eval(), phonemes, characters), saved
+    return Speller(model.eval(), source, target), saved
 
 
 def sampling_seed(options):
@@ -789,7 +842,7 @@ def train_many(several, options):
 
 
 def load_ensemble(options, data, device):
-    """The Speller of the runs that --ensemble combines."""
+    """The Speller of the runs that --ensemble combines, trained on these data."""
     runs = [make_run(own, data) for own in members(options)]
     spellers = [load_speller(run.checkpoint, device)[0] for run in runs]
     return spellers[0]._replace(model=Ensemble([speller.model for speller in spellers]).eval())
@@ -798,7 +851,7 @@ def load_ensemble(options, data, device):
 def test_ensemble(data, device, options):
     """Score the models of several seeds together on the test words; print and record it."""
     run, speller = make_run(options, data), load_ensemble(options, data, device)
-    final = score(speller, data.splits["test"], options)
+    final = score(speller, facing(data, options).splits["test"], options)
     print_scores(final, options, " (built-in sample)" if data.name == "sample" else "")
     record = {
         "command": command(run.config["options"]),
@@ -838,30 +891,31 @@ def score(speller, pairs, options):
     word's length, distances and the rank of its first right candidate, and the usual mistakes."""
     words = speller.tensors(pairs)
     true, max_len, size = words.spellings, options.max_len, options.beam_size or 5
-    seed = sampling_seed(options)
+    seed, split = sampling_seed(options), speller.target.split
     greedy = only_spellings(speller.greedy(words, max_len))
     most = max(options.k, MOST)
     samples = only_spellings(speller.sample(words, options.topp, most, seed, max_len))
     beams = {n: only_spellings(speller.beam(words, n, max_len)) for n in {size, MOST}}
     at = min(size, options.k)
     return {
-        "lengths": [len(word) for word in true],
+        "lengths": [len(split(word)) for word in true],
         "max_len": max_len,
-        "greedy": score_candidates(greedy, true),
-        "nucleus": {"p": options.topp, "k": options.k} | score_candidates(samples, true, options.k),
-        "beam": {"size": size} | score_candidates(beams[size], true, at),
+        "greedy": score_candidates(greedy, true, 1, split),
+        "nucleus": {"p": options.topp, "k": options.k}
+        | score_candidates(samples, true, options.k, split),
+        "beam": {"size": size} | score_candidates(beams[size], true, at, split),
         "curves": {
             name: [wer_at_k(candidates, true, k) for k in range(1, MOST + 1)]
             for name, candidates in (("nucleus", samples), ("beam", beams[MOST]))
         },
-        "mistakes": mistakes([found[0] for found in greedy], true),
+        "mistakes": mistakes([split(found[0]) for found in greedy], list(map(split, true))),
         "examples": [[w, list(dict.fromkeys(s[: options.k]))] for w, s in zip(true[:10], samples)],
     }
 
 
 def mistakes(predicted, true, most=20):
-    """The most frequent single edits [true character, written character, count], '' for one that
-    is missing or too many, and how many edits of each kind there are in all."""
+    """The most frequent single edits [true symbol, written symbol, count] in words, sequences of
+    symbols, '' for one that is missing or too many, and how many edits of each kind there are."""
     kinds, edits = Counter(), Counter()
     for written, word in zip(predicted, true, strict=True):
         for kind, i, j in Levenshtein.editops(word, written):
@@ -874,8 +928,10 @@ def mistakes(predicted, true, most=20):
 def print_scores(final, options, mark=""):
     """Print the scores in the report's words."""
 
+    rate = rate_name(vars(options))
+
     def line(scores):
-        print(f"Test CER: {scores['cer']:.4f}, Test WER: {scores['wer']:.4f}{mark}")
+        print(f"Test {rate}: {scores['cer']:.4f}, Test WER: {scores['wer']:.4f}{mark}")
 
     line(final["greedy"])
     if options.nucleus:
@@ -903,7 +959,7 @@ def attention_examples(speller, pairs, max_len=MAX_LEN):
         word = speller.tensors([(sound, spelling)])
         weights = model(word.sources, word.lengths, word.targets)[1]  # (letters, phonemes)
         rows = [[round(weight, 4) for weight in row] for row in weights.tolist()]
-        letters = [*spelling, "end"]
+        letters = [*speller.target.split(spelling), "end"]
         examples.append({"phonemes": list(sound), "letters": letters, "weights": rows})
     return examples
 
@@ -916,13 +972,15 @@ def run_title(config):
     """What a figure says above itself about the run."""
     sample = "\n(built-in sample)" if config["data"]["name"] == "sample" else ""
     attention = "Bahdanau attention" if config["options"]["use_attn"] else "no attention"
-    return f"spelling, {attention}{sample}"
+    what = "pronouncing" if is_turned(config["options"]) else "spelling"
+    return f"{what}, {attention}{sample}"
 
 
 def draw_validation(path, record):
     """Draw the validation CER of every epoch."""
     curves = {"greedy": record["history"]["val_cer"]}
-    utils.plot_curves(path, run_title(record["config"]), "Validation CER", curves)
+    rate = rate_name(record["config"]["options"])
+    utils.plot_curves(path, run_title(record["config"]), f"Validation {rate}", curves)
 
 
 def draw_wer_at_k(path, record):
@@ -941,8 +999,11 @@ def plot_attention(record):
         image = axes.imshow(example["weights"], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(example["phonemes"])), example["phonemes"])
         axes.set_yticks(range(len(example["letters"])), example["letters"])
-    fig.supxlabel("Phonemes read", fontsize=9)
-    fig.supylabel("Letters written", fontsize=9)
+    sides = ["Phonemes", "Letters"]
+    if is_turned(record["config"]["options"]):
+        sides.reverse()
+    fig.supxlabel(f"{sides[0]} read", fontsize=9)
+    fig.supylabel(f"{sides[1]} written", fontsize=9)
     fig.suptitle(run_title(record["config"]), fontsize=9)
     fig.colorbar(image, ax=grid, label="Attention weight", shrink=0.7)
     return fig
@@ -1169,12 +1230,16 @@ def segment(text, phonemes):
 def choose_speller(options, device):
     """The Speller of --checkpoint_name, or the best there is, and what to say of it."""
     path = checkpoint_file(options) or utils.best_checkpoint(
-        options.output_dir / "checkpoints", "q3", lambda saved: -min(saved["history"]["val_cer"])
+        options.output_dir / "checkpoints",
+        "q3",
+        lambda saved: -min(saved["history"]["val_cer"]),
+        lambda saved: is_turned(saved["config"]["options"]) == is_turned(vars(options)),
     )
     speller, saved = load_speller(path, device)
     known = "the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else "your words"
     cer = min(saved["history"]["val_cer"])
-    return speller, f"{path} (trained on {known}, validation CER {cer:.4f})"
+    rate = rate_name(saved["config"]["options"])
+    return speller, f"{path} (trained on {known}, validation {rate} {cer:.4f})"
 
 
 def spell(options, device):
@@ -1195,7 +1260,7 @@ def spell(options, device):
 def ask():
     """A line typed at the prompt; empty at its end."""
     try:
-        return input("IPA, phonemes separated by spaces (nothing to end)> ")
+        return input("IPA, or letters with --direction g2p (nothing to end)> ")
     except EOFError:
         return ""
 
@@ -1211,15 +1276,22 @@ def read_lines(name):
 
 
 def spell_lines(lines, speller, options):
-    """Print IPA, TAB, spelling, TAB, log-probability: a line for each candidate."""
-    pairs = [(tuple(segment(line, speller.phonemes)), "") for line in lines if line.strip()]
+    """Print IPA, TAB, spelling, TAB, log-probability: a line for each candidate, the most probable
+    first. From written words, IPA comes second."""
+    source = speller.source
+
+    def read(line):
+        return segment(line, source) if source.spaced else source.split(line.strip())
+
+    pairs = [(tuple(read(line)), "") for line in lines if line.strip()]
     if not pairs:
         return
     if max(len(sound) for sound, _ in pairs) > utils.MOST_SYMBOLS:
-        raise UserError(f"a word of more than {utils.MOST_SYMBOLS:,} phonemes")
-    unknown = sorted({s for sound, _ in pairs for s in sound} - set(speller.phonemes.numbers))
+        raise UserError(f"a word of more than {utils.MOST_SYMBOLS:,} symbols")
+    unknown = sorted({s for sound, _ in pairs for s in sound} - set(source.numbers))
     if unknown:
-        print(f"Unknown phonemes: {' '.join(unknown)}", file=sys.stderr)
+        kind = "phonemes" if source.spaced else "letters"
+        print(f"Unknown {kind}: {' '.join(unknown)}", file=sys.stderr)
     words, max_len = speller.tensors(pairs), options.max_len
     if options.beam_size:
         found = speller.beam(words, options.beam_size, max_len)
@@ -1228,8 +1300,9 @@ def spell_lines(lines, speller, options):
     else:
         found = speller.greedy(words, max_len)
     for (sound, _), candidates in zip(pairs, found):
-        for spelling, log_prob in dict(candidates).items():  # a spelling drawn twice, once
-            print(f"{' '.join(sound)}\t{spelling}\t{log_prob:.3f}", flush=True)
+        merged = dict(candidates)  # a spelling drawn twice, once
+        for spelling, log_prob in sorted(merged.items(), key=lambda item: -item[1]):
+            print(f"{source.join(sound)}\t{spelling}\t{log_prob:.3f}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1255,7 +1328,7 @@ def main(argv=None):
         test_ensemble(data, device, options)
         return
     print("\n".join(audit(data)))
-    run = make_run(options, data)
+    run, data = make_run(options, data), facing(data, options)
     if options.mode == "test":
         test(run, data, device, options)
         return

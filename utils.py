@@ -787,13 +787,15 @@ def finish_run(run):
     save_checkpoint(run.checkpoint, **saved | {"finished": True})
 
 
-def best_checkpoint(folder, question, score):
-    """The checkpoint of `question` in `folder` with the highest score(checkpoint); one trained on
-    a built-in sample only where there is no other. Raises UserError if there is none."""
+def best_checkpoint(folder, question, score, wanted=lambda saved: True):
+    """The checkpoint of `question` in `folder` with the highest score(checkpoint), of those for
+    which wanted(checkpoint); one trained on a built-in sample only where there is no other. Raises
+    UserError if there is none."""
     found = []
     for path in sorted(folder.glob(f"{question}-*.pt")):
         saved = load_checkpoint(path, mmap=True)
-        found.append((saved["config"]["data"]["name"] != "sample", score(saved), path))
+        if wanted(saved):
+            found.append((saved["config"]["data"]["name"] != "sample", score(saved), path))
     if not found:
         raise UserError(f"{folder}: no trained network there yet; train one first")
     return max(found)[-1]

@@ -3,9 +3,11 @@
     python -m data.prepare_pronunciations --language eng_latn_us_broad   fetch US English (2 MB)
     python -m data.prepare_pronunciations --language por_latn_po_broad   or Portuguese, or ...
     python -m data.prepare_pronunciations --tsv my_words.tsv             from a file you have
+    python -m data.prepare_pronunciations --tsv us.tsv --train all --keep data --output_dir us
 
 Lines of WikiPron's files are a spelling, TAB, phonemes separated by spaces. The splits are by
-spelling: all pronunciations of a word stand on one side.
+spelling: all pronunciations of a word stand on one side. --keep makes more to train on for the
+validation and test words of a split that is there already.
 """
 
 import collections
@@ -39,6 +41,8 @@ def parse_options(argv=None):
     parser.add_argument(
         "--seed", type=utils.number(int, 0, 2**32 - 1), default=42, help="random seed"
     )
+    keep = "keep the valid.tsv and test.tsv of this folder; none of their spellings is trained on"
+    parser.add_argument("--keep", type=Path, metavar="DIR", help=keep)
     folder = "where the three files are written (default: data/)"
     parser.add_argument("--output_dir", type=Path, default=utils.ROOT / "data", help=folder)
     return parser.parse_args(argv)
@@ -70,6 +74,15 @@ def split_by_spelling(pairs, sizes, seed):
     return splits
 
 
+def split_beside(pairs, folder, size, seed):
+    """Pairs to train on, `size` or 'all', beside the validation and test pairs of `folder`: with
+    none of their spellings. Raises UserError."""
+    splits = {split: utils.read_tsv(folder / f"{split}.tsv") for split in ("test", "valid")}
+    held_out = {spelling for kept in splits.values() for _, spelling in kept}
+    left = [pair for pair in pairs if pair[1] not in held_out]
+    return splits | split_by_spelling(left, {"train": size}, seed)
+
+
 def main(argv=None):
     """Do what the command line asks for."""
     options = parse_options(argv)
@@ -79,9 +92,12 @@ def main(argv=None):
         if not path.exists():
             utils.download(options.url.replace("{language}", options.language), path)
     pairs = [(phonemes, spelling) for spelling, phonemes in utils.read_tsv(path)]
-    sizes = {"test": options.test, "valid": options.valid, "train": options.train}
-    splits = split_by_spelling(pairs, sizes, options.seed)
-    for split in reversed(sizes):
+    if options.keep:
+        splits = split_beside(pairs, options.keep, options.train, options.seed)
+    else:
+        sizes = {"test": options.test, "valid": options.valid, "train": options.train}
+        splits = split_by_spelling(pairs, sizes, options.seed)
+    for split in reversed(splits):
         lines = "".join(f"{phonemes}\t{spelling}\n" for phonemes, spelling in splits[split])
         file = options.output_dir / f"{split}.tsv"
         utils.write_file(file, lambda part, text=lines: part.write_bytes(text.encode()))

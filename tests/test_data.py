@@ -366,6 +366,20 @@ def test_all_that_is_left_can_be_trained_on(tmp_path):
     assert [len(data.splits[split]) for split in utils.SPLITS] == [80 - 16, 7, 9]
 
 
+def test_more_to_train_on_for_the_same_test_words(tmp_path):
+    write_wikipron(tmp_path / "all.tsv")
+    few = prepare_words(tmp_path / "few", "--tsv", tmp_path / "all.tsv")
+    (tmp_path / "few" / "valid.tsv").write_text("w ɜ x\tword of another list\n")
+    argv = ["--tsv", tmp_path / "all.tsv", "--keep", tmp_path / "few", "--train", "all"]
+    data = prepare_words(tmp_path / "more", *argv)
+    assert data.splits["test"] == few.splits["test"]
+    assert data.splits["val"] == [(("w", "ɜ", "x"), "word of another list")]
+    tested = {word for _, word in few.splits["test"]}
+    words = {f"word{i}" for i in range(60)}
+    assert {word for _, word in data.splits["train"]} == words - tested
+    assert len(data.splits["train"]) == 80 - 9
+
+
 def test_downloading_a_language(tmp_path):
     served = tmp_path / "served"
     served.mkdir()
@@ -388,6 +402,7 @@ BAD_LISTS = {
     "no file": (["--tsv", "none.tsv"], "no such file"),
     "no source": ([], "required"),
     "two sources": (["--tsv", "x", "--language", "y"], "not allowed"),
+    "nothing to keep": (["--tsv", "{all}", "--keep", "none"], "test.tsv: no such file"),
     "no size": (["--tsv", "{all}", "--valid", 0], "--valid"),
     "size in words": (["--tsv", "{all}", "--train", "most"], "--train"),
     "no server": (["--language", "x", "--url", "http://127.0.0.1:9/x"], "127.0.0.1"),
@@ -413,3 +428,12 @@ def test_real_wikipron(real_data, tmp_path, language):
     assert [len(data.splits[split]) for split in utils.SPLITS] == [10000, 1000, 1000]
     words = [{word for _, word in data.splits[split]} for split in utils.SPLITS]
     assert not (words[0] & words[1] or words[0] & words[2] or words[1] & words[2])
+
+
+def test_all_of_wikipron_beside_the_assignments_words(real_data, tmp_path):
+    tsv = real_data / "wikipron" / "eng_latn_us_broad.tsv"
+    kept = str(real_data / "pronunciations")
+    argv = ["--tsv", str(tsv), "--train", "all", "--keep", kept, "--output_dir", str(tmp_path)]
+    prepare_pronunciations.main(argv)
+    data = utils.load_pronunciations(tmp_path)
+    assert [len(data.splits[split]) for split in utils.SPLITS] == [75049, 1000, 1000]

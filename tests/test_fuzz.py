@@ -223,7 +223,7 @@ def checkpoint(**changes):
         "model": model.state_dict(),
         "optimizer": torch.optim.Adam(model.parameters()).state_dict(),
         "best": model.state_dict(),
-        "symbols": dict(zip(("phonemes", "characters"), (v.symbols for v in vocabularies))),
+        "symbols": dict(zip(("source", "target"), (v.symbols for v in vocabularies))),
     }
     stream = io.BytesIO()
     torch.save(content | changes, stream)

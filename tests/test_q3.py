@@ -625,6 +625,19 @@ def test_error_rates_against_the_recurrence():
     assert found["distances"] == distances
 
 
+def test_phoneme_error_rates_by_hand():
+    """'t͡ʃ' is one phoneme of two characters; a word without any phoneme is empty."""
+    true, predicted = ["t͡ʃ iː z", "k æ t"], ["t͡ʃ i z", ""]
+    assert hw2_q3.cer(predicted, true, str.split) == 4 / 6
+    assert hw2_q3.distances(predicted, true, str.split) == [1, 3]
+    found = hw2_q3.score_candidates([[word] for word in predicted], true, 1, str.split)
+    assert (found["cer"], found["wer"], found["ranks"]) == (4 / 6, 1, [0, 0])
+    words = [[text.split() for text in texts] for texts in (predicted, true)]
+    common = hw2_q3.mistakes(*words)["common"]
+    assert ["iː", "i", 1] in common
+    assert ["k", "", 1] in common
+
+
 def test_wer_at_k():
     candidates, true = [["a", "b", "c"], ["x", "y", "b"], ["q"]], ["b", "b", "b"]
     assert [hw2_q3.wer_at_k(candidates, true, k) for k in (1, 2, 3, 9)] == [1, 2 / 3, 1 / 3, 1 / 3]
@@ -779,7 +792,7 @@ def test_the_best_epochs_weights_are_tested(train, monkeypatch, tmp_path):
     scores = iter([0.9, 0.3, 0.3])
     weights = []
 
-    def cer(predicted, true):
+    def cer(predicted, true, split):
         return next(scores, 0.0)
 
     real_save = utils.save_run
@@ -1041,6 +1054,43 @@ def test_spelling_candidates_with_log_probabilities(spell):
     spellings = [row[1] for row in sampled]
     assert 1 <= len(set(spellings)) == len(spellings) <= 5
     assert spell("C A B", "--nucleus", "--k", 5)[0] == sampled
+    scores = [float(row[2]) for row in sampled]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_other_direction_pronounces(train, spell, tmp_path, capsys, words):
+    """Beside a model that spells, each is asked in its own direction."""
+    argv = ["--data_dir", str(tmp_path / "words"), "--output_dir", str(tmp_path / "out")]
+    argv += [
+        "--hidden_size",
+        "16",
+        "--n_epochs",
+        "5",
+        "--use_attn",
+        "--direction",
+        "g2p",
+        "--nucleus",
+    ]
+    hw2_q3.main(argv)
+    output = capsys.readouterr().out
+    [path] = tmp_path.glob("out/figures/runs/q3-g2p-*.json")
+    record = utils.load_record(path)
+    greedy, sounds = record["final"]["greedy"], [sound for sound, _ in words.splits["test"]]
+    assert f"Test PER: {greedy['cer']:.4f}, Test WER: {greedy['wer']:.4f}\n" in output
+    assert "CER" not in output
+    assert record["final"]["lengths"] == [len(sound) for sound in sounds]
+    speller, _ = hw2_q3.load_speller(tmp_path / "out" / "checkpoints" / f"{path.stem}.pt", "cpu")
+    pairs = [(tuple(word), " ".join(sound)) for sound, word in words.splits["test"]]
+    found = [candidates[0][0] for candidates in speller.greedy(speller.tensors(pairs))]
+    assert greedy["cer"] == hw2_q3.cer(found, [text for _, text in pairs], str.split)
+    assert set(" ".join(found).split()) <= set("ABCDEF")
+    assert record["final"]["examples"][0][0] == " ".join(sounds[0])
+    rows, err = spell("dad", "--direction", "g2p")
+    assert path.stem in err
+    assert "validation PER" in err
+    assert rows[0][:2] == ["dad", found[[word for _, word in words.splits["test"]].index("dad")]]
+    assert "Unknown letters: q" in spell("qad", "--direction", "g2p")[1]
+    assert path.stem not in spell("D A D")[1]
 
 
 def test_unknown_phonemes_are_reported(spell):
