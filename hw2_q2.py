@@ -42,7 +42,7 @@ RUN_OPTIONS = (
 # Those that came later, each with what was done before it; in a run's name and record only where
 # it says something else, so that the runs made before keep their names.
 LATER_OPTIONS = {
-    "convs": 1, "last_batch": "keep", "momentum": 0.0, "schedule": "constant",
+    "model": "cnn", "convs": 1, "last_batch": "keep", "momentum": 0.0, "schedule": "constant",
     "label_smoothing": 0.0, "augment": [], "pixels": "unit", "at_test": [], "precision": "float32",
 }  # fmt: skip
 # What is done where the command line does not say: (without batch norm, with it).
@@ -108,6 +108,8 @@ def make_parser(recipe="report"):
     add("-precision", choices=("float32", "bfloat16"), default="float32", help=precision)
 
     add = parser.add_argument_group("network").add_argument
+    model = "the report's network, or a residual one, to which only -dropout of these applies"
+    add("-model", choices=("cnn", "resnet"), default="cnn", help=model)
     add("-dropout", type=share, default=0.1, help="share of the units dropped")
     no_norm = "the plain network: no batch norm, and a flattened head unless -head says otherwise"
     add("-no_batch_norm", dest="batch_norm", action="store_false", help=no_norm)
@@ -160,6 +162,11 @@ def _settle(parser, options):
         setattr(options, name, getattr(options, name) or usual[options.batch_norm])
     for name, order in (("augment", AUGMENTATIONS), ("at_test", AT_TEST)):  # one name a run
         setattr(options, name, [word for word in order if word in getattr(options, name)])
+    shape = "batch_norm", "head", "pool", "kernel_size", "convs"
+    if options.model == "resnet" and any(
+        getattr(options, name) != usual for name, usual in zip(shape, (True, "gap", "max", 3, 1))
+    ):
+        parser.error(f"-model resnet has its own shape: no {', '.join(shape)}")
     if options.momentum and options.optimizer != "sgd":
         parser.error("-momentum goes with -optimizer sgd")
     if "refresh" in options.at_test and not options.batch_norm:
@@ -255,16 +262,40 @@ class WideLinear(nn.Linear):
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations of its pixels
 
 
-class CNN(nn.Module):
-    """Three convolution blocks and three linear layers.
+class Classifier(nn.Module):
+    """Pictures, float (B, 3, 48, 48) in 0..1, -> log-probabilities (B, 6), by the `convs` and the
+    `scores` of a subclass.
 
-    Pictures, float (B, 3, 48, 48) in 0..1, -> log-probabilities (B, 6). head: 'flatten' gives fc1
-    every position of the last map, 'gap' its mean over positions (Lin et al. 2013, section 3.2).
-    convs: convolutions a block, the last of which is pooled (Simonyan and Zisserman 2015, 2.3).
-    kernel_size: one of the picture's size takes the blocks' place, with the last one's channels.
     pixels: 'normalized' takes ImageNet's mean from them and divides by its deviation.
     precision: 'bfloat16' computes the convolutions in it.
     mirror: in evaluation, the mean of the probabilities for a picture and its mirror image.
+    """
+
+    def __init__(self, pixels, precision, mirror):
+        super().__init__()
+        self.precision, self.mirror = precision, mirror
+        self.normalize = v2.Normalize(*IMAGENET) if pixels == "normalized" else nn.Identity()
+
+    def forward(self, x):
+        if self.training or not self.mirror:
+            return self.log_probs(x)
+        return torch.logaddexp(self.log_probs(x), self.log_probs(x.flip(3))) - math.log(2)
+
+    def log_probs(self, x):
+        """Those of the pictures as they are, not mirrored."""
+        x = self.normalize(x)
+        with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
+            x = self.convs(x)  # (B, C, H, W)
+        return F.log_softmax(self.scores(x.float()), dim=1)  # (B, 6)
+
+
+class CNN(Classifier):
+    """Three convolution blocks and three linear layers.
+
+    head: 'flatten' gives fc1 every position of the last map, 'gap' its mean over positions (Lin et
+    al. 2013, section 3.2). convs: convolutions a block, the last of which is pooled (Simonyan and
+    Zisserman 2015, section 2.3). kernel_size: one of the picture's size takes the blocks' place,
+    with the last one's channels.
     """
 
     def __init__(
@@ -272,9 +303,7 @@ class CNN(nn.Module):
         channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
         pixels="unit", precision="float32", mirror=False,
     ):  # fmt: skip
-        super().__init__()
-        self.precision, self.mirror = precision, mirror
-        self.normalize = v2.Normalize(*IMAGENET) if pixels == "normalized" else nn.Identity()
+        super().__init__(pixels, precision, mirror)
         if kernel_size == SIZE:
             channels = channels[0], channels[-1]
         blocks = []
@@ -299,30 +328,70 @@ class CNN(nn.Module):
         self.train()
         return count
 
-    def forward(self, x):
-        if self.training or not self.mirror:
-            return self.log_probs(x)
-        return torch.logaddexp(self.log_probs(x), self.log_probs(x.flip(3))) - math.log(2)
-
-    def log_probs(self, x):
-        """Those of the pictures as they are, not mirrored."""
-        x = self.normalize(x)
-        with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
-            x = self.convs(x)  # (B, 128, 6, 6)
-        x = self.gap(x.float()).flatten(1)  # (B, 128) or (B, 4608)
+    def scores(self, x):
+        """Maps (B, 128, 6, 6) -> scores (B, 6)."""
+        x = self.gap(x).flatten(1)  # (B, 128) or (B, 4608)
         x = F.relu(self.fc1(x))  # (B, 1024)
         x = self.dropout(self.norm(x))
         x = F.relu(self.fc2(x))  # (B, 512)
-        return F.log_softmax(self.fc3(x), dim=1)  # (B, 6)
+        return self.fc3(x)  # (B, 6)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch norm and ReLU, added to what came in (He et al. 2016,
+    "Identity mappings", section 4.1), or to its 1x1 convolution where the shape changes."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        same = {"kernel_size": 3, "padding": 1, "bias": False}
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, stride=stride, **same)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, **same)
+        changes = in_channels != out_channels or stride > 1
+        projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.shortcut = projection if changes else None
+
+    def forward(self, x):
+        y = F.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(y)
+        y = F.relu(self.norm2(self.conv1(y)))
+        return self.conv2(y) + shortcut
+
+
+class ResNet(Classifier):
+    """A residual network of three stages, with fewer than a million parameters."""
+
+    def __init__(
+        self, channels=(32, 64, 128), blocks=2, dropout=0.1,
+        pixels="unit", precision="float32", mirror=False,
+    ):  # fmt: skip
+        super().__init__(pixels, precision, mirror)
+        layers = [nn.Conv2d(3, channels[0], 3, padding=1, bias=False)]
+        for c_in, c_out in zip((channels[0], *channels), channels):
+            for i in range(blocks):
+                stride = 2 if i == 0 and c_out > channels[0] else 1
+                layers.append(ResidualBlock(c_in if i == 0 else c_out, c_out, stride))
+        self.convs = nn.Sequential(*layers, nn.BatchNorm2d(channels[-1]), nn.ReLU())
+        self.dropout = utils.Dropout(dropout)
+        self.output = nn.Linear(channels[-1], len(CLASSES))
+
+    def scores(self, x):
+        """Maps (B, 128, 12, 12) -> scores (B, 6)."""
+        return self.output(self.dropout(x.mean((2, 3))))
 
 
 def build_model(options):
     """The network that the options (a namespace or a record's dictionary) describe."""
     options = options if isinstance(options, dict) else vars(options)
     options = LATER_OPTIONS | options
-    names = "batch_norm", "head", "pool", "kernel_size", "dropout", "convs", "pixels", "precision"
-    chosen = {name: options[name] for name in names}
-    model = CNN(**chosen, mirror="mirror" in options["at_test"])
+    kinds = {
+        "cnn": (CNN, ("batch_norm", "head", "pool", "kernel_size", "convs")),
+        "resnet": (ResNet, ()),
+    }
+    kind, names = kinds[options["model"]]
+    chosen = {name: options[name] for name in (*names, "dropout", "pixels", "precision")}
+    model = kind(**chosen, mirror="mirror" in options["at_test"])
     return model.to(memory_format=torch.channels_last)
 
 
@@ -338,7 +407,8 @@ def parameter_table(model):
     def add(name, layer, shape):
         if isinstance(layer, nn.Conv2d):
             c_out, c_in, height, width = layer.weight.shape
-            formula = f"{c_in} x {c_out} x {height} x {width} + {c_out}"
+            bias = f" + {c_out}" if layer.bias is not None else ""
+            formula = f"{c_in} x {c_out} x {height} x {width}{bias}"
         elif isinstance(layer, nn.Linear):
             formula = f"{layer.in_features} x {layer.out_features} + {layer.out_features}"
         else:
@@ -363,14 +433,19 @@ NETWORKS = ("Plain", False, "flatten"), ("Batch norm + global average pooling", 
 
 
 def print_parameters(options):
-    """Print both networks' tables and, for the report's networks, how it came to its totals."""
-    for title, norm, head in NETWORKS:
-        rows = parameter_table(build_model(vars(options) | {"batch_norm": norm, "head": head}))
-        print(f"{title} network\n{'layer':14}{'output shape':16}{'formula':26}{'parameters':>10}")
+    """Print the network's table, or, of the CNN, both networks' and, for the report's, how it came
+    to its totals."""
+    networks = {title: {"batch_norm": norm, "head": head} for title, norm, head in NETWORKS}
+    if options.model == "resnet":
+        networks = {"Residual": {}}
+    for title, own in networks.items():
+        rows = parameter_table(build_model(vars(options) | own))
+        print(f"{title} network\n{'layer':17}{'output shape':16}{'formula':26}{'parameters':>10}")
         for name, shape, formula, count in rows:
-            print(f"{name:14}{' x '.join(map(str, shape)):16}{formula:26}{count:10,}")
-        print(f"{'trainable parameters':56}{sum(row[-1] for row in rows):10,}\n")
-    if (options.pool, options.kernel_size, options.convs) == ("max", 3, 1):
+            print(f"{name:17}{' x '.join(map(str, shape)):16}{formula:26}{count:10,}")
+        print(f"{'trainable parameters':59}{sum(row[-1] for row in rows):10,}\n")
+    shape = options.model, options.pool, options.kernel_size, options.convs
+    if shape == ("cnn", "max", 3, 1):
         print("\n".join(textwrap.wrap(explain_totals(), 100)))
 
 
@@ -424,7 +499,9 @@ def make_optimizer(model, options):
     if options.optimizer == "sgd":
         extra = {"momentum": options.momentum, "nesterov": options.momentum > 0}
         if device == "cpu" and not options.momentum and options.schedule == "constant":
-            model.fc1.lr, model.fc1.decay = options.learning_rate, options.l2_decay
+            for layer in model.modules():
+                if isinstance(layer, WideLinear):
+                    layer.lr, layer.decay = options.learning_rate, options.l2_decay
     elif device == "cuda":
         extra = {"capturable": True}
     return kinds[options.optimizer](
@@ -687,9 +764,10 @@ def load_data(options):
 def make_run(options, data):
     """The utils.Run of these options on these data."""
     config = utils.run_config(QUESTION, RECIPE, run_options(options), data)
-    norm = "bn" if options.batch_norm else "plain"
+    network = f"{'bn' if options.batch_norm else 'plain'}-{options.head}"
+    network = "resnet" if options.model == "resnet" else network
     scrambled = "-scrambled" if options.scramble_pixels else ""
-    what = f"q2-{norm}-{options.head}-lr{options.learning_rate:g}{scrambled}"
+    what = f"q2-{network}-lr{options.learning_rate:g}{scrambled}"
     return utils.Run(f"{what}-seed{options.seed}-{data.name}", config, options.output_dir)
 
 
@@ -717,9 +795,10 @@ def run_title(config):
     options = config["options"]
     norm = "batch norm" if options["batch_norm"] else "no batch norm"
     head = {"gap": "global average pooling", "flatten": "flattened head"}[options["head"]]
+    network = "residual network" if options.get("model") == "resnet" else f"{norm}, {head}"
     scrambled = ", scrambled pixels" if options["scramble_pixels"] else ""
     note = "\n(built-in sample, not photographs)" if config["data"]["name"] == "sample" else ""
-    return f"{norm}, {head}, lr = {options['learning_rate']:g}{scrambled}{note}"
+    return f"{network}, lr = {options['learning_rate']:g}{scrambled}{note}"
 
 
 def draw_confusion(path, title, confusion):

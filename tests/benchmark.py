@@ -414,7 +414,7 @@ def measure_spelling(turns, limit, cores):
         return [textbook_spell(textbook, source, p) for source in sources for _ in range(copies)]
 
     ours = hw2_q3.only_spellings(speller.greedy(test))
-    same = [[speller.characters.decode(spelled)] for spelled in textbook_decode()] == ours
+    same = [[speller.target.decode(spelled)] for spelled in textbook_decode()] == ours
     decoding = {
         ("greedy", "ours"): lambda: speller.greedy(test),
         ("greedy", "textbook"): textbook_decode,

@@ -55,7 +55,8 @@ BAD_OPTIONS = [
     "-data_path no/such/file.npz", "-checkpoint x.pt", "-epoch", "-leaning_rate 1", "train",
     "-predict no/such/picture.jpg -checkpoint none.pt", "-recipe none", "-augment flop",
     "-at_test mirror mirrors", "-momentum 1", "-momentum 0.9 -optimizer adam",
-    "-at_test refresh -no_batch_norm", "-label_smoothing 1", "-precision float16",
+    "-at_test refresh -no_batch_norm", "-model vgg", "-model resnet -no_batch_norm",
+    "-model resnet -convs 2", "-label_smoothing 1", "-precision float16",
 ]  # fmt: skip
 
 
@@ -245,6 +246,32 @@ def test_pooling_before_relu_is_the_textbook_block(norm):
         torch.autograd.grad(textbook, parameters, direction),
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_the_residual_network_by_hand(capsys):
+    """Its parameters; a block that adds nothing passes on what comes in, where the shape stays."""
+    counts = 3 * 9 * 32, 4 * 9 * 32**2 + 4 * 2 * 32
+    for c in (32, 64):  # the first block of a stage doubles the channels
+        d = 2 * c
+        counts += (2 * c + 9 * c * d + 2 * d + 9 * d * d + c * d, 2 * 9 * d * d + 2 * 2 * d)
+    total = sum(counts) + 2 * 128 + 128 * 6 + 6
+    model = hw2_q2.build_model(options("-model", "resnet")).eval()
+    assert hw2_q2.count_parameters(model) == total < 1e6
+    hw2_q2.main(["-model", "resnet", "-count_params"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split()[-1] == f"{total:,}"
+    for line in lines[2:-2]:
+        words = line.split("  ")
+        formula, count = [word for word in words if word.strip()][-2:]
+        assert eval(formula.replace("x", "*")) == int(count.replace(",", "")), line
+    block, shrinking = model.convs[1], model.convs[3]
+    for conv in (block.conv2, shrinking.conv2):
+        nn.init.zeros_(conv.weight)
+    x = torch.rand(2, 32, 8, 8)
+    assert torch.equal(block(x), x)
+    expected = F.conv2d(F.relu(shrinking.norm1(x)), shrinking.shortcut.weight, stride=2)
+    torch.testing.assert_close(shrinking(x), expected)
+    assert model(torch.rand(2, 3, 96, 64)).shape == (2, 6)
 
 
 def test_predictions_with_the_mirror_image_are_the_mean_of_both():
@@ -584,6 +611,17 @@ def test_evaluation_by_hand():
 def test_loss_falls(train, argv):
     losses = train(*argv, "-epochs", 12, "-dropout", 0)[0]["history"]["train_loss"]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_residual_network_is_trained_and_used(train, tmp_path, pictures, capsys):
+    argv = ["-model", "resnet", "-recipe", "best", "-batch_size", "12", "-precision", "bfloat16"]
+    record, _ = train(*argv)
+    assert record["parameters"] == 695_718
+    assert set(record["final"]["test"]["sizes"]) == {"32", "48", "64", "96"}
+    [path] = tmp_path.glob("out/checkpoints/q2-resnet-*.pt")
+    capsys.readouterr()
+    hw2_q2.main(["-predict", str(pictures), "-json", "-checkpoint", str(path)])
+    assert len(json.loads(capsys.readouterr().out)) == 3
 
 
 def test_the_same_run_twice_gives_the_same_bits(train):
