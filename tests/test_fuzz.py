@@ -307,8 +307,13 @@ def test_command_lines(name, words):
 
 def repeats_itself(name, options):
     """Each run that the options of a question ask for is that of its recorded command."""
-    script, rate = {"q2": (hw2_q2, "learning_rate"), "q3": (hw2_q3, "lr")}.get(name, (None, None))
-    for one in utils.each(options, rate, "seed") if script else []:
+    if name == "q2":
+        script, several = hw2_q2, utils.each(options, "learning_rate", "seed")
+    elif name == "q3":
+        script, several = hw2_q3, [*hw2_q3.members(options), *[options] * options.ensemble]
+    else:
+        return
+    for one in several:
         chosen = script.run_options(one)
         words = script.command(chosen).split()[2:]
         assert script.run_options(script.parse_options(words)) == chosen
