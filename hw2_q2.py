@@ -87,8 +87,7 @@ def make_parser(recipe="report"):
     decay, share = utils.number(float, 0, 10**3), utils.number(float, 0, 1, high_open=True)
 
     add = parser.add_argument_group("training").add_argument
-    what = "the report's training, or the best one found: the defaults of these options"
-    add("-recipe", choices=RECIPES, default="report", help=what)
+    choice = add("-recipe", choices=RECIPES, default="report")
     several = {"nargs": "+", "action": utils.OneOrMore}
     rate = "step size; several: a run for each, side by side"
     add("-learning_rate", type=real, default=0.01, help=rate, **several)
@@ -144,6 +143,8 @@ def make_parser(recipe="report"):
     checkpoint = "the network for -predict (default: the one with the best validation accuracy)"
     add("-checkpoint", type=Path, metavar="FILE", help=checkpoint)
     add("-json", action="store_true", help="print the answer of -predict as JSON")
+    best = " ".join(parser.arguments(RECIPES["best"]))
+    choice.help = f"the defaults: the report's, or, for more accuracy, {best}"
     parser.set_defaults(**RECIPES[recipe])
     return parser
 

@@ -78,8 +78,7 @@ def make_parser(recipe="report"):
     parser.add_argument("ipa", nargs="*", metavar="IPA", help=ipa)
 
     add = parser.add_argument_group("training").add_argument
-    what = "the report's training, or a longer one of a larger model: other defaults of the options"
-    add("--recipe", choices=RECIPES, default="report", help=what)
+    choice = add("--recipe", choices=RECIPES, default="report")
     add("--n_epochs", type=whole, default=20, help="passes over the training words")
     add("--batch_size", type=whole, default=64, help="words a step")
     several = {"nargs": "+", "action": utils.OneOrMore}
@@ -118,6 +117,8 @@ def make_parser(recipe="report"):
     add("--input", metavar="FILE", help=file)
     utils.add_machine_options(parser, "--")
     utils.add_report_options(parser, "--")
+    best = " ".join(parser.arguments(RECIPES["best"]))
+    choice.help = f"the defaults: the report's, or, for more accuracy, {best}"
     parser.set_defaults(**RECIPES[recipe])
     return parser
 
