@@ -11,6 +11,7 @@ spelling | main
 """
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -41,8 +42,8 @@ RUN_OPTIONS = ("use_attn", "lr", "dropout", "n_epochs", "batch_size", "hidden_si
 # Those that came later, each with what was done before it; in a run's name and record only where
 # it says something else, so that the runs made before keep their names.
 LATER_OPTIONS = {
-    "direction": "p2g", "layers": 1, "schedule": "constant", "label_smoothing": 0.0, "clip": None,
-    "ensemble": False,
+    "direction": "p2g", "layers": 1, "input_feeding": False, "schedule": "constant",
+    "label_smoothing": 0.0, "clip": None, "ensemble": False,
 }  # fmt: skip
 RECIPES = {  # what --recipe says where the command line does not
     "report": {},
@@ -89,6 +90,8 @@ def make_parser(recipe="report"):
     add("--hidden_size", type=utils.number(int, 2, 8192), default=128, help=size)
     add("--layers", type=utils.number(int, 1, 8), default=1, help="LSTMs one upon another")
     add("--use_attn", action="store_true", help="Bahdanau attention over the phonemes")
+    feeding = "the decoder also reads what attention made of its last step; slower"
+    add("--input_feeding", action="store_true", help=feeding)
     schedule = "the learning rate: as it is, or up to it and down to 0, once"
     add("--schedule", choices=("constant", "one_cycle"), default="constant", help=schedule)
     smooth = "share of a letter's label that is spread over all letters"
@@ -129,6 +132,8 @@ def _settle(parser, options):
     options.topp = 0.8 if options.topp is None else options.topp
     if options.hidden_size % 2:
         parser.error("--hidden_size must be even: the encoder has two directions of half of it")
+    if options.input_feeding and not options.use_attn:
+        parser.error("--input_feeding feeds what attention makes: it needs --use_attn")
     if options.mode != "spell" and (options.ipa or options.input):
         parser.error("IPA and --input go with spell: python hw2_q3.py spell ...")
     several = [name for name in ("lr", "seed") if isinstance(getattr(options, name), list)]
@@ -329,48 +334,77 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """LSTM over the characters, with attention if wanted; its output layer is tied to its
-    embedding (Press and Wolf 2017, section 2)."""
+    embedding (Press and Wolf 2017, section 2).
 
-    def __init__(self, symbols, hidden_size, dropout, use_attn, layers=1):
+    input_feeding: the LSTM also reads what attention made of its last state (Luong et al. 2015,
+    section 3.3), so that it knows where it has looked, but has to go step by step.
+    """
+
+    def __init__(self, symbols, hidden_size, dropout, use_attn, layers=1, input_feeding=False):
         super().__init__()
+        self.input_feeding = input_feeding
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
-        self.lstm = make_lstm(hidden_size, hidden_size, layers, dropout)
+        self.lstm = make_lstm((1 + input_feeding) * hidden_size, hidden_size, layers, dropout)
         self.attention = BahdanauAttention(hidden_size) if use_attn else None
         self.dropout = utils.Dropout(dropout)
         self.output = nn.Linear(hidden_size, symbols)
         self.output.weight = self.embedding.weight
 
     def forward(self, characters, state, memory, steps, words):
-        """Characters so far (B, T), state 2 x (layers, B, H) -> logits (R, V) of the next ones at
+        """Characters so far (B, T), state as Seq2Seq.encode's -> logits (R, V) of the next ones at
         the R true places of `steps` (B, T), row by row, the state after the last character, and
         the attention weights (R, S), None without attention.
 
         words: int64 (B,), which word of the memory each row spells.
         """
         x = self.dropout(self.embedding(characters))  # (B, T, H)
-        x, state = self.lstm(x, state)
         places = steps.flatten().nonzero()[:, 0]  # (R,), into B * T
+        if self.input_feeding:
+            x, weights, state = self._step_by_step(x, state, memory, words)
+            x, weights = (F.embedding(places, part.flatten(0, 1)) for part in (x, weights))
+            return self.output(x), state, weights
+        x, state = self.lstm(x, state)
         x = F.embedding(places, x.flatten(0, 1))  # (R, H)
         weights = None
         if self.attention is not None:
             x, weights = self.attention(x, words[places // steps.shape[1]], memory)
         return self.output(self.dropout(x)), state, weights
 
+    def _step_by_step(self, embedded, state, memory, words):
+        """Embedded characters (B, T, H), state with what is fed -> states with context (B, T, H),
+        weights (B, T, S) and the last state."""
+        *state, fed = state
+        outputs, weights = [], []
+        for x in embedded.unbind(1):  # (B, H)
+            x = torch.cat((x, fed[0]), 1).unsqueeze(1)  # (B, 1, 2H)
+            x, state = self.lstm(x, tuple(state))
+            x, looked = self.attention(x[:, 0], words, memory)
+            fed = self.dropout(x).unsqueeze(0)  # (1, B, H)
+            outputs.append(fed[0])
+            weights.append(looked)
+        return torch.stack(outputs, 1), torch.stack(weights, 1), (*state, fed)
+
 
 class Seq2Seq(nn.Module):
     """Encoder and decoder, the decoder started from the encoder's final states."""
 
-    def __init__(self, read, written, hidden_size=128, dropout=0.3, use_attn=False, layers=1):
+    def __init__(
+        self, read, written, hidden_size=128, dropout=0.3, use_attn=False, layers=1,
+        input_feeding=False,
+    ):  # fmt: skip
         """read, written: how many symbols there are to read and to write."""
         super().__init__()
         self.encoder = Encoder(read, hidden_size, dropout, layers)
-        self.decoder = Decoder(written, hidden_size, dropout, use_attn, layers)
+        self.decoder = Decoder(written, hidden_size, dropout, use_attn, layers, input_feeding)
 
     def encode(self, sources, lengths):
-        """Phonemes (B, S), lengths (B,) on the CPU -> Memory, None without attention, and state."""
+        """Phonemes (B, S), lengths (B,) on the CPU -> Memory, None without attention, and state:
+        hidden and cell (layers, B, H), with input feeding also what is fed first (1, B, H)."""
         outputs, state = self.encoder(sources, lengths)
         if self.decoder.attention is None:
             return None, state
+        if self.decoder.input_feeding:
+            state = *state, torch.zeros_like(state[0][:1])
         return Memory(outputs, self.decoder.attention.key(outputs), sources != PAD), state
 
     def forward(self, sources, lengths, targets):
@@ -402,14 +436,15 @@ class Ensemble(nn.Module):
     def encode(self, sources, lengths):
         """As Seq2Seq.encode: a tuple of memories, and the states one after the other."""
         memories, states = zip(*(model.encode(sources, lengths) for model in self.models))
+        self.parts = list(map(len, states))  # of the state, each model's
         return memories, sum(states, ())
 
     def next_log_probs(self, last, state, memory, words):
         """As Seq2Seq.next_log_probs."""
-        found = [
-            model.next_log_probs(last, state[2 * i : 2 * i + 2], memory[i], words)
-            for i, model in enumerate(self.models)
-        ]
+        found, rest = [], iter(state)
+        for model, own, count in zip(self.models, memory, self.parts):
+            part = tuple(itertools.islice(rest, count))
+            found.append(model.next_log_probs(last, part, own, words))
         log_probs, states = zip(*found)
         return torch.stack(log_probs).logsumexp(0) - math.log(len(found)), sum(states, ())
 
@@ -417,7 +452,7 @@ class Ensemble(nn.Module):
 def build_model(options, source, target):
     """The model that the options (a dictionary) describe, for the two vocabularies."""
     options = LATER_OPTIONS | options
-    names = ("hidden_size", "dropout", "use_attn", "layers")
+    names = ("hidden_size", "dropout", "use_attn", "layers", "input_feeding")
     return Seq2Seq(len(source), len(target), **{name: options[name] for name in names})
 
 

@@ -104,7 +104,8 @@ def test_spell_takes_options_before_and_behind_its_words():
         "test --seed 1 2", "spell a --lr 0.1 0.2", "--seed 1 2 --checkpoint_name x.pt", "--jobs 0",
         "--report some", "--report --n_seeds 9", "--report --figure_format gif",
         "--recipe none", "--layers 0", "--clip 0", "--label_smoothing 1", "--schedule cosine",
-        "--ensemble", "train --ensemble --seed 1 2", "--ensemble --seed 1 2 --lr 0.1 0.2",
+        "--input_feeding", "--ensemble",
+        "train --ensemble --seed 1 2", "--ensemble --seed 1 2 --lr 0.1 0.2",
     ],
 )  # fmt: skip
 def test_bad_options_end_with_one_line(line, fails, folder, tmp_path):
@@ -286,10 +287,18 @@ def test_attention_gradients_equal_a_loops():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("use_attn", [True, False])
-def test_padded_sources_give_what_each_word_gives_alone(vocabularies, use_attn, layers):
-    model = build(vocabularies, use_attn=use_attn, layers=layers)
+SHAPES = {
+    "recipe": {},
+    "no attention": {"use_attn": False},
+    "layers": {"layers": 2},
+    "input feeding": {"layers": 2, "input_feeding": True},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@every_shape
+def test_padded_sources_give_what_each_word_gives_alone(vocabularies, shape):
+    model = build(vocabularies, **shape)
     tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
     together, _ = model(tensors.sources, tensors.lengths, tensors.targets)
     alone = []
@@ -299,9 +308,9 @@ def test_padded_sources_give_what_each_word_gives_alone(vocabularies, use_attn, 
     torch.testing.assert_close(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_all_steps_at_once_equal_one_at_a_time(vocabularies, layers):
-    model = build(vocabularies, layers=layers)
+@every_shape
+def test_all_steps_at_once_equal_one_at_a_time(vocabularies, shape):
+    model = build(vocabularies, **shape)
     source = torch.tensor([[4, 5, 6]]), torch.tensor([3])
     targets = torch.tensor([[START, 4, 5, 6, END]])
     memory, state = model.encode(*source)
@@ -392,12 +401,30 @@ def test_parameter_count_of_the_recipe():
 # decoding
 
 
-@pytest.mark.parametrize("use_attn", [True, False])
+def test_input_feeding_by_hand(vocabularies):
+    """The second step reads the first one's state with context beside its character."""
+    model = build(vocabularies, input_feeding=True)
+    decoder, source = model.decoder, (torch.tensor([[4, 5, 6]]), torch.tensor([3]))
+    memory, (hidden, cell, fed) = model.encode(*source)
+    assert fed.abs().sum() == 0
+    logits = []
+    for character in (START, 4):
+        embedded = decoder.embedding(torch.tensor([[character]]))
+        x = torch.cat((embedded, fed.transpose(0, 1)), 2)
+        x, (hidden, cell) = decoder.lstm(x, (hidden, cell))
+        x, _ = decoder.attention(x[:, 0], torch.tensor([0]), memory)
+        logits.append(decoder.output(x))
+        fed = x.unsqueeze(0)
+    expected = model(*source, torch.tensor([[START, 4, END]]))[0]
+    torch.testing.assert_close(torch.cat(logits), expected)
+
+
+@every_shape
 @pytest.mark.parametrize("rows", [2048, 7])
-def test_batched_greedy_equals_one_word_at_a_time(vocabularies, monkeypatch, use_attn, rows):
+def test_batched_greedy_equals_one_word_at_a_time(vocabularies, monkeypatch, shape, rows):
     monkeypatch.setattr(hw2_q3, "ROWS", rows)
     for seed in range(3):
-        speller = build_speller(vocabularies, seed, use_attn=use_attn)
+        speller = build_speller(vocabularies, seed, **shape)
         together = speller.greedy(speller.tensors(PAIRS), 12)
         for pair, [(spelled, score)] in zip(PAIRS, together):
             word = speller.tensors([pair])
@@ -419,7 +446,7 @@ def plain_greedy(model, sources, characters, max_len):
 
 def test_an_ensemble_has_the_mean_of_its_models_probabilities(vocabularies):
     """Also of models of different depth and with and without attention, letter by letter."""
-    kinds = {"layers": 2}, {"use_attn": False}, {}
+    kinds = {"layers": 2}, {"use_attn": False}, {"input_feeding": True}
     models = [build(vocabularies, seed, **kind) for seed, kind in enumerate(kinds)]
     ensemble = hw2_q3.Speller(hw2_q3.Ensemble(models), *vocabularies)
     words = ensemble.tensors(PAIRS[:3])
