@@ -873,16 +873,35 @@ REPORTED = {
     "plain, scrambled": (0.7293, 0.6970),
     "batch norm + pooling, scrambled": (0.7528, 0.7460),
 }
+# The layers whose parameters it counts, all but the output layer and the last batch norm, and its
+# totals.
+REPORTED_LAYERS = 896, 18_496, 73_856, 64, 128, 256, 132_096, 4_719_616, 524_800
+REPORTED_TOTALS = {"Plain": 5_340_160, "Batch norm + global average pooling": 752_640}
 RATES = "plain, rate 0.1", "plain, rate 0.01", "plain, rate 0.001"
 BEST_PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
 KEPT = "batch norm + pooling, last batch kept"
 SCRAMBLED = "plain, scrambled", BEST_PLAIN, "batch norm + pooling, scrambled", VARIANT
 CHANGES = BEST_PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
 REGULARISED = BEST_PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005"
-REGULARISED += "pooling without batch norm", VARIANT
+REGULARISED += "batch norm, flattened", "pooling without batch norm", VARIANT
 KERNELS = "kernels 3x3", "kernels 5x5", "kernels 7x7", "two 3x3 a block", "one 48x48"
 POOLS = "kernels 3x3", "average pooling", "strided convolutions", "no pooling"
-MOVED = BEST_PLAIN, "pooling without batch norm", VARIANT, *POOLS[1:]
+MOVED = BEST_PLAIN, "pooling without batch norm", VARIANT
+LOOKS = {  # of a system's lines, the same in every figure
+    "plain, rate 0.1": {"color": utils.ORANGE},
+    BEST_PLAIN: {"color": utils.BLUE},
+    "plain, rate 0.001": {"color": utils.SKY},
+    VARIANT: {"color": utils.VERMILION},
+    KEPT: {"color": "0.4", "linestyle": "--"},
+    "plain, scrambled": {"color": utils.BLUE, "linestyle": "--"},
+    "batch norm + pooling, scrambled": {"color": utils.VERMILION, "linestyle": "--"},
+    "batch norm, flattened": {"color": utils.GREEN, "linestyle": "-."},
+    "pooling without batch norm": {"color": utils.PURPLE, "linestyle": ":"},
+    "kernels 3x3": {"color": utils.VERMILION},
+    "average pooling": {"color": utils.ORANGE, "linestyle": "--"},
+    "strided convolutions": {"color": utils.SKY, "linestyle": "-."},
+    "no pooling": {"color": "0.4", "linestyle": ":"},
+}
 
 
 def report_parts(records):
@@ -894,7 +913,7 @@ def report_parts(records):
     records = {label: [r for r in runs if r["history"]] for label, runs in every.items()}
     curves = {"train_loss": "Training loss (nats)", "val_accuracy": "Validation accuracy"}
     rates = [label for label in RATES if records[label]]
-    best = max(rates, key=lambda label: statistics.mean(map(late, records[label])), default="–")
+    best = max(rates, key=lambda label: mean_late(records[label]), default="–")
     return {
         "rates": draw_bands(records, RATES, curves),
         "table rates": accuracy_table(every, RATES),
@@ -904,7 +923,7 @@ def report_parts(records):
         "last-batch": draw_bands(records, (VARIANT, KEPT), curves),
         "table last batch": table(records, (VARIANT, KEPT), *GAP_COLUMNS),
         "table parameters": "\n\n".join(parameter_markdown(*network) for network in NETWORKS),
-        "totals": explain_totals(),
+        "table totals": totals_table(),
         "size": draw_size(records),
         "table size": table(records, CHANGES, *SIZE_COLUMNS),
         "changes": draw_bands(records, CHANGES, curves),
@@ -914,6 +933,7 @@ def report_parts(records):
         "table kernels": table(records, KERNELS, *KERNEL_COLUMNS),
         "table pools": table(records, POOLS, *KERNEL_COLUMNS),
         "moved": draw_moved(records),
+        "table moved": moved_table(records),
         "table sizes": sizes_table(records),
         "scrambled": draw_scrambled(records),
         "table scrambled": accuracy_table(every, SCRAMBLED),
@@ -933,27 +953,44 @@ def late(record):
     return statistics.mean(values[-max(5, math.ceil(len(values) / 4)) :])
 
 
+def mean_late(records):
+    """The mean of late() over the runs that did not diverge, or 0 where all did."""
+    return statistics.mean([late(record) for record in with_scores(records)] or [0])
+
+
 def accuracy(records, split):
     """The last epoch's accuracies on a split, a number a run."""
     return [record["final"][split]["accuracy"] for record in with_scores(records)]
 
 
-def draw_accuracy(record, random):
-    """The test accuracy of a run on as many test pictures, drawn from them with replacement."""
-    confusion = torch.tensor(record["final"]["test"]["confusion"])
-    count = int(confusion.sum())
-    return random.binomial(count, int(confusion.trace()) / count) / count
+def draw_accuracy(split):
+    """A function (run, random) -> the accuracy on as many pictures of a split, drawn from them with
+    replacement."""
+
+    def draw(run, random):
+        confusion = torch.tensor(run["final"][split]["confusion"])
+        count = int(confusion.sum())
+        return random.binomial(count, int(confusion.trace()) / count) / count
+
+    return draw
 
 
 def accuracy_table(records, labels):
-    """The report's accuracies beside ours, and whether its test accuracy could be one of ours."""
+    """The report's accuracies beside ours, and whether they could be those of one of our runs; no
+    such interval where a run diverged, for those that are left are no fair sample."""
     rows = []
     for label in labels:
         runs, reported = with_scores(records[label]), REPORTED.get(label)
         if not runs:
             continue
-        low, high = utils.interval(draw_accuracy, runs)
         diverged = len(records[label]) - len(runs)
+        ranges, inside = ["–"] * 2, ["–"] * 2
+        for i, split in enumerate(("val", "test")):
+            if not diverged:
+                low, high = utils.interval(draw_accuracy(split), runs)
+                ranges[i] = f"{low:.3f} to {high:.3f}"
+                if reported:
+                    inside[i] = {True: "yes", False: "no"}[low <= reported[i] <= high]
         rows.append(
             [
                 label,
@@ -961,13 +998,13 @@ def accuracy_table(records, labels):
                 f"{utils.mean_sd(accuracy(runs, 'val'))} / {utils.mean_sd(accuracy(runs, 'test'))}",
                 utils.mean_sd([late(run) for run in runs]),
                 f"{len(runs)}" + (f" (+ {diverged} diverged)" if diverged else ""),
-                f"{low:.3f} to {high:.3f}",
-                {True: "yes", False: "no"}[low <= reported[1] <= high] if reported else "–",
+                " / ".join(ranges),
+                " / ".join(inside),
             ]
         )
     head = "network", "report: validation / test", "here, last epoch: validation / test"
-    head += "validation, late epochs", "runs", "95 % of single runs, test", "report inside?"
-    return utils.markdown_table(head, rows)
+    head += "validation, late epochs", "runs", "95 % of single runs: validation / test"
+    return utils.markdown_table((*head, "report inside? validation / test"), rows)
 
 
 def first_epoch(record):
@@ -1036,7 +1073,7 @@ SIZE_COLUMNS = "parameters", "multiply-adds (millions)", LATE, "first epoch at .
 SIZE_COLUMNS += ("seconds an epoch, each run",)
 GAP_COLUMNS = "training", "validation", "test", "training - validation", LATE, "runs"
 KERNEL_COLUMNS = "receptive field", "parameters", "multiply-adds (millions)"
-KERNEL_COLUMNS += "seconds an epoch, each run", LATE, "test", "runs"
+KERNEL_COLUMNS += "seconds an epoch, each run", LATE, "test", "training - validation", "runs"
 
 
 def table(records, labels, *columns):
@@ -1052,22 +1089,56 @@ def table(records, labels, *columns):
 def sizes_table(records):
     """Test accuracy of pooled networks on pictures of other sizes than they were trained on."""
     rows, head = [], []
-    for label in MOVED[1:]:
+    for label in (*MOVED[1:], *POOLS):
         if runs := [r["final"]["test"]["sizes"] for r in with_scores(records[label])]:
             rows.append([label, *(utils.mean_sd([run[size] for run in runs]) for size in runs[0])])
             head = ["network", *(f"{size} pixels" for size in runs[0])]
     return utils.markdown_table(head, rows)
 
 
+def moved(records):
+    """Test accuracies on pictures moved by 0, 1, ... pixels, of each run whose record has them."""
+    tests = [record["final"]["test"] for record in with_scores(records)]
+    return [test["moved"] for test in tests if "moved" in test]
+
+
+def moved_table(records):
+    """Test accuracy on moved pictures."""
+    rows, head = [], []
+    for label in (*MOVED, *POOLS):
+        if runs := moved(records[label]):
+            rows.append([label, *map(utils.mean_sd, zip(*runs)), len(runs)])
+            head = ["network", *(f"by {pixels}" for pixels in range(len(runs[0]))), "runs"]
+    return utils.markdown_table(head, rows)
+
+
+def totals_table():
+    """How the original report came to its two totals: it left out the output layer, and counted
+    batch norms that the plain network does not have."""
+    counts = {
+        title: {name: n for name, _, _, n in parameter_table(CNN(batch_norm=norm, head=head))}
+        for title, norm, head in NETWORKS
+    }
+    rows = []
+    norms = sum(n for name, n in counts[NETWORKS[1][0]].items() if "norm" in name)
+    for title, norm, _ in NETWORKS:
+        parts = sum(counts[title].values()), -counts[title]["fc3"], 0 if norm else norms
+        rows.append([title, *(f"{n:,}" for n in (*parts, sum(parts), REPORTED_TOTALS[title]))])
+    head = "network", "trainable parameters", "output layer", "batch norm that is not there"
+    return utils.markdown_table((*head, "sum", "report"), rows)
+
+
 def parameter_markdown(title, norm, head):
     """A network's parameters, layer by layer."""
     model = CNN(batch_norm=norm, head=head)
+    reported = {count: f"{count:,}" for count in REPORTED_LAYERS}
     rows = [
-        [name, " x ".join(map(str, shape)), formula, f"{count:,}"]
+        (name, " x ".join(map(str, shape)), formula, f"{count:,}", reported.get(count, "–"))
         for name, shape, formula, count in parameter_table(model)
     ]
-    rows.append(["**all**", "", "", f"**{count_parameters(model):,}**"])
-    table = utils.markdown_table(["layer", "output", "formula", "parameters"], rows)
+    totals = f"**{count_parameters(model):,}**", f"**{REPORTED_TOTALS[title]:,}**"
+    rows.append(("**all**", "", "", *totals))
+    table = utils.markdown_table(["layer", "output", "formula", "parameters", "report"], rows)
     return f"{title} network:\n\n{table}"
 
 
@@ -1076,35 +1147,40 @@ def draw_bands(records, labels, curves):
     labels = [label for label in labels if records[label]]
     if not labels:
         return None
-    fig, panels = utils.figure(3.5 * len(curves), 2.9, 1, len(curves), squeeze=False)
-    for axes, (column, title) in zip(panels[0], curves.items()):
-        for label, color in zip(labels, utils.COLORS):
+    rows = len(curves)
+    fig, panels = utils.figure(5.0, 0.6 + 2.3 * rows, rows, 1, sharex=True, squeeze=False)
+    for axes, (column, title) in zip(panels[:, 0], curves.items()):
+        for label in labels:
             runs = [record["history"][column] for record in records[label]]
-            utils.plot_bands(axes, runs, color, utils.with_seeds(label, runs))
-        axes.set(xlabel="Epoch", ylabel=title)
+            utils.plot_bands(axes, runs, utils.with_seeds(label, runs), **LOOKS[label])
+        axes.set(ylabel=title)
         if column == "train_loss":  # a run that explodes would leave the others no room
             axes.set_ylim(0, 2)
-    utils.legend_above(fig, panels[0][0], 3 if len(labels) == 3 else 2)
+    axes.set(xlabel="Epoch")
+    utils.legend_above(fig, panels[0][0], 1 if KEPT in labels else 2)  # its name is long
     return fig
 
 
 def draw_size(records):
     """Accuracy, convergence and time of the plain network, the variant and what lies between them,
-    against their parameters; a dot a run."""
+    against their parameters; a mark a run."""
     labels = [label for label in CHANGES if with_scores(records[label])]
     if not labels:
         return None
-    titles = "Validation accuracy, late epochs", "First epoch at .75", "Seconds an epoch"
-    fig, panels = utils.figure(7.0, 2.9, 1, 3)
+    titles = "Validation accuracy,\nlate epochs", "First epoch at .75", "Time (s an epoch)"
+    fig, panels = utils.figure(5.0, 6.0, 3, 1, sharex=True)
     for axes, measure, title in zip(panels, (late, first_epoch, seconds_an_epoch), titles):
-        for label, color, marker in zip(labels, utils.COLORS, "osD^"):
+        for label, marker in zip(labels, "osD^"):
             runs = with_scores(records[label])
             values = [math.nan if (x := measure(run)) is None else x for run in runs]
             sizes = [run["parameters"] / 1e6 for run in runs]
-            axes.plot(sizes, values, marker, color=color, label=label, markersize=5, alpha=0.8)
-        axes.set(xlabel="Parameters (millions)", title=title, xlim=(0, 6))
+            name = utils.with_seeds(label, runs)
+            look = {"color": LOOKS[label]["color"], "label": name, "markersize": 5, "alpha": 0.8}
+            axes.plot(sizes, values, marker, **look)
+        axes.set(ylabel=title, xlim=(0, 6))
     panels[1].set_ylim(0, None)
     panels[2].set_ylim(0, None)
+    panels[2].set(xlabel="Parameters (millions)")
     utils.legend_above(fig, panels[0])
     return fig
 
@@ -1114,17 +1190,17 @@ def draw_overfitting(records):
     labels = [label for label in REGULARISED if records[label]]
     if not labels:
         return None
-    rows = math.ceil(len(labels) / 3)
-    shared = {"sharex": True, "sharey": True, "squeeze": False}
-    fig, panels = utils.figure(7.0, 0.6 + 2.1 * rows, rows, 3, **shared)
+    rows = math.ceil(len(labels) / 2)
+    fig, panels = utils.figure(5.0, 0.6 + 1.8 * rows, rows, 2, sharey=True, squeeze=False)
     for axes in panels.flat[len(labels) :]:
         axes.axis("off")
     for axes, label in zip(panels.flat, labels):
         histories = [record["history"] for record in records[label]]
-        for column, color in (("train_accuracy", utils.VERMILION), ("val_accuracy", utils.BLUE)):
-            name = {"train_accuracy": "training", "val_accuracy": "validation"}[column]
-            utils.plot_bands(axes, [history[column] for history in histories], color, name)
-        axes.set_title(label)
+        looks = ("train_accuracy", "training", "--"), ("val_accuracy", "validation", "-")
+        for (column, name, line), color in zip(looks, (utils.VERMILION, utils.BLUE)):
+            runs = [history[column] for history in histories]
+            utils.plot_bands(axes, runs, name, color=color, linestyle=line)
+        axes.set_title(utils.with_seeds(label, runs))
     fig.supxlabel("Epoch", fontsize=9)
     fig.supylabel("Accuracy", fontsize=9)
     utils.legend_above(fig, panels[0][0])
@@ -1133,34 +1209,40 @@ def draw_overfitting(records):
 
 def draw_moved(records):
     """What test accuracy loses as the pictures are moved."""
-    fig, axes = utils.figure(5.2, 3.3)
-    for label, color in zip(MOVED, utils.COLORS):
-        tests = [record["final"]["test"] for record in with_scores(records[label])]
-        runs = [[x - t["moved"][0] for x in t["moved"]] for t in tests if "moved" in t]
-        if runs:
-            utils.plot_bands(axes, runs, color, utils.with_seeds(label, runs), ".", first=0)
-    if not axes.lines:
+    titles = "after 40 epochs", "after 10 epochs, batch norm and global average pooling"
+    fig, panels = utils.figure(5.0, 6.0, 2, 1, sharex=True, sharey=True)
+    for axes, labels, title in zip(panels, (MOVED, POOLS), titles):
+        for label in labels:
+            if runs := [[x - run[0] for x in run] for run in moved(records[label])]:
+                name = "max pooling" if label == "kernels 3x3" else label
+                name = utils.with_seeds(name, runs)
+                utils.plot_bands(axes, runs, name, ".", first=0, **LOOKS[label])
+        axes.set(title=title, ylabel="Change of test accuracy")
+        if axes.lines:
+            axes.legend()
+    if not any(axes.lines for axes in panels):
         return None
-    axes.set(xlabel="Test pictures moved by (pixels)", ylabel="Change of test accuracy")
-    utils.legend_above(fig, axes)
+    panels[1].set(xlabel="Test pictures moved by (pixels)")
     return fig
 
 
 def draw_scrambled(records):
     """A drawn picture as it is and as the course's loader passed it on; accuracies with both."""
-    fig, (left, middle, right) = utils.figure(7.0, 2.9, 1, 3, width_ratios=(1, 1, 2))
+    fig, grid = utils.figure(5.0, 5.2, 2, 2, height_ratios=(1, 1.5))
     picture = torch.from_numpy(sample.draw_landscape("mountain", np.random.default_rng(1)))
     scrambled = scramble_pixels(picture.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
-    for axes, image, title in ((left, picture, "a picture"), (middle, scrambled, "scrambled")):
+    for axes, image, title in zip(grid[0], (picture, scrambled), ("a picture", "scrambled")):
         axes.imshow(image.numpy(), interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
-    colors = utils.ORANGE, utils.BLUE, utils.VERMILION, utils.GREEN
-    for label, color in zip(SCRAMBLED, colors):
+    below = fig.add_subplot(grid[1, 0].get_gridspec()[1, :])
+    for axes in grid[1]:
+        axes.remove()
+    for label in SCRAMBLED:
         if runs := [record["history"]["val_accuracy"] for record in records[label]]:
-            utils.plot_bands(right, runs, color, label)
-    right.set(xlabel="Epoch", ylabel="Validation accuracy")
-    utils.legend_above(fig, right)
+            utils.plot_bands(below, runs, utils.with_seeds(label, runs), **LOOKS[label])
+    below.set(xlabel="Epoch", ylabel="Validation accuracy")
+    utils.legend_above(fig, below)
     return fig
 
 
@@ -1171,8 +1253,9 @@ def draw_running_mean(records):
     fig, axes = utils.figure()
     own = [record["history"]["train_loss"] for record in records]
     running = [(np.cumsum(run) / np.arange(1, len(run) + 1)).tolist() for run in own]
-    utils.plot_bands(axes, running, utils.VERMILION, "mean since the first epoch (report)")
-    utils.plot_bands(axes, own, utils.BLUE, "each epoch's own")
+    report = {"color": utils.VERMILION, "linestyle": "--"}
+    utils.plot_bands(axes, running, "mean since the first epoch (report)", **report)
+    utils.plot_bands(axes, own, "each epoch's own", color=utils.BLUE)
     axes.set(xlabel="Epoch", ylabel="Training loss (nats)", ylim=(0, None))
     axes.legend()
     return fig

@@ -1029,12 +1029,13 @@ def draw_wer_at_k(path, record):
 def plot_attention(record):
     """Where the model looks (phonemes across) for each letter it writes (letters down)."""
     examples = record["final"]["attention"]
-    fig, grid = utils.figure(5.6, 5.2, 2, math.ceil(len(examples) / 2), squeeze=False)
+    fig, grid = utils.figure(5.0, 5.2, 2, math.ceil(len(examples) / 2), squeeze=False)
     for axes, example in zip(grid.flat, examples):
         axes.grid(False)
         image = axes.imshow(example["weights"], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(example["phonemes"])), example["phonemes"])
         axes.set_yticks(range(len(example["letters"])), example["letters"])
+        axes.set_title("".join(example["letters"][:-1]))
     sides = ["Phonemes", "Letters"]
     if is_turned(record["config"]["options"]):
         sides.reverse()
@@ -1051,6 +1052,10 @@ def plot_attention(record):
 PLACES = "device", "threads", "output_dir", "data_dir", "restart", "jobs", "scheduler"
 PLAIN, ATTENTION = "no attention", "attention"
 SYSTEMS = utils.System(PLAIN, ""), utils.System(ATTENTION, "--use_attn")
+LOOKS = {  # of a system's lines
+    PLAIN: {"color": utils.BLUE, "linestyle": "--"},
+    ATTENTION: {"color": utils.VERMILION},
+}
 # The original report's rows: (system, way of spelling) -> test CER, WER, WER@3.
 REPORTED = {
     (PLAIN, "greedy"): (0.4354, 0.9040, None),
@@ -1088,6 +1093,7 @@ def report_parts(records):
         "table nucleus": error_table(scored, [key for key in REPORTED if key[0] == ATTENTION]),
         "wer-at-k": draw_candidates(scored[ATTENTION]),
         "table examples": example_table(first),
+        "examples right": count_right_examples(scored[ATTENTION]),
         "lengths": draw_lengths(scored),
         "table kinds": kind_table(scored),
         "table mistakes": mistake_table(scored[ATTENTION]),
@@ -1159,13 +1165,30 @@ def way_name(run, way):
 
 
 def example_table(runs):
-    """The report's ten words: its spellings and ours."""
+    """The report's ten words: its spellings and ours, the right ones in bold."""
+
+    def bold(word, spellings):
+        return ", ".join(f"**{s}**" if s == word else s for s in spellings)
+
     rows = [
-        [word, REPORTED_EXAMPLES.get(word, "–"), ", ".join(spellings)]
+        [word, bold(word, REPORTED_EXAMPLES.get(word, "–").split(", ")), bold(word, spellings)]
         for run in runs
         for word, spellings in run["final"]["examples"]
     ]
     return utils.markdown_table(["word", "report", "here"], rows, text=3)
+
+
+def count_right_examples(runs):
+    """A sentence on how many of the ten words are among the samples, here and in the report."""
+    if not runs:
+        return None
+    ours = [sum(word in found for word, found in run["final"]["examples"]) for run in runs]
+    reported = sum(word in text.split(", ") for word, text in REPORTED_EXAMPLES.items())
+    seeds = ", ".join(str(run["config"]["options"]["seed"]) for run in runs)
+    return (
+        f"The report's samples spell {reported} of the ten words rightly, ours "
+        f"{', '.join(map(str, ours))} (seeds {seeds})."
+    )
 
 
 def kind_table(scored):
@@ -1198,49 +1221,61 @@ def draw_cer(records, labels):
     if not labels:
         return None
     fig, axes = utils.figure()
-    for label, color in zip(labels, utils.COLORS):
+    for label in labels:
         runs = [record["history"]["val_cer"] for record in records[label]]
-        utils.plot_bands(axes, runs, color, utils.with_seeds(label, runs))
+        utils.plot_bands(axes, runs, utils.with_seeds(label, runs), **LOOKS[label])
     axes.set(xlabel="Epoch", ylabel="Validation CER", ylim=(0, None))
     axes.legend()
     return fig
 
 
 def draw_candidates(runs):
-    """WER@k against k, of nucleus sampling and of beam search, or None without runs."""
+    """WER@k against k, of nucleus sampling and of beam search, with the report's two values and our
+    greedy spelling, or None without runs."""
     if not runs:
         return None
     fig, axes = utils.figure()
     names = {"nucleus": way_name(runs[0], "nucleus"), "beam": f"beam of {MOST}"}
-    for (way, name), color in zip(names.items(), (utils.VERMILION, utils.BLUE)):
-        utils.plot_bands(axes, [run["final"]["curves"][way] for run in runs], color, name, ".")
+    looks = {"color": utils.VERMILION}, {"color": utils.BLUE, "linestyle": "--"}
+    for (way, name), look in zip(names.items(), looks):
+        curves = [run["final"]["curves"][way] for run in runs]
+        utils.plot_bands(axes, curves, utils.with_seeds(name, runs), ".", **look)
+    greedy = np.mean([run["final"]["greedy"]["wer"] for run in runs])
+    axes.axhline(greedy, color="0.5", linestyle=":", label="greedy")
+    _, first, third = REPORTED[ATTENTION, "nucleus"]
+    axes.plot([1, 3], [first, third], "x", color="black", label="nucleus, the report")
     axes.set_xticks(range(1, MOST + 1))
     axes.set(xlabel="k candidates a word", ylabel="Test WER@k")
-    axes.legend()
+    utils.legend_above(fig, axes)
     return fig
 
 
 def draw_lengths(scored, shortest=3, longest=14):
     """CER and WER, greedy, of test words by their length, those shorter or longer with the shortest
-    and longest, or None without runs."""
+    and longest, and how many words there are; or None without runs."""
     labels = [label for label in scored if scored[label]]
     if not labels:
         return None
-    fig, panels = utils.figure(7.0, 2.9, 1, 2)
-    for label, color in zip(labels, utils.COLORS):
-        cers, wers = [], []
+    fig, panels = utils.figure(5.0, 5.6, 3, 1, sharex=True, height_ratios=(2, 2, 1))
+    steps = range(shortest, longest + 1)
+    for label in labels:
+        curves = {"cer": [], "wer": []}
         for run in scored[label]:
-            final, steps = run["final"], range(shortest, longest + 1)
-            clipped = np.clip(final["lengths"], shortest, longest)
+            clipped = np.clip(run["final"]["lengths"], shortest, longest)
             groups = [np.flatnonzero(clipped == n) for n in steps]
-            for values, measure in ((cers, "cer"), (wers, "wer")):
-                scores = [error(final, "greedy", measure, g) if len(g) else np.nan for g in groups]
-                values.append(scores)
-        for axes, values, name in zip(panels, (cers, wers), ("CER", "WER")):
-            axes.plot(steps, np.mean(values, 0), ".-", color=color, label=label)
-            xlabel = f"Letters a word ({shortest}: or fewer, {longest}: or more)"
-            axes.set(xlabel=xlabel, ylabel=f"Test {name}")
-    panels[0].legend()
+            for measure, runs in curves.items():
+                finals = (
+                    error(run["final"], "greedy", measure, g) if len(g) else np.nan for g in groups
+                )
+                runs.append(list(finals))
+        for axes, (measure, runs) in zip(panels, curves.items()):
+            look = LOOKS[label] | {"first": shortest}
+            utils.plot_bands(axes, runs, utils.with_seeds(label, runs), ".", **look)
+            axes.set(ylabel=f"Test {measure.upper()}")
+    panels[2].bar(steps, list(map(len, groups)), color="0.7")
+    panels[2].set(ylabel="Test words")
+    panels[2].set(xlabel=f"Letters a word ({shortest}: or fewer, {longest}: or more)")
+    utils.legend_above(fig, panels[0])
     return fig
 
 

@@ -1154,12 +1154,18 @@ def _read_records(folder, question):
 
 def _list_missing(script, missing, records):
     """Print the command of each missing run, and how long it takes by the records there are."""
-    epochs = [r["measured"]["seconds"] for r in records]
-    usual = statistics.median([statistics.median(seconds) for seconds in epochs if seconds] or [0])
+    took = {}  # by options, seconds an epoch
+    for record in records:
+        if seconds := record["measured"]["seconds"]:
+            key = _key(record["config"]["recipe"], record["config"]["options"] | {"seed": None})
+            took.setdefault(key, []).append(statistics.median(seconds))
+    usual = statistics.median([second for known in took.values() for second in known] or [0])
     hours = 0
     for options in missing:
-        hours += usual * epochs_of(vars(options)) / 3600
-        print(script.command(script.run_options(options)))
+        chosen = script.run_options(options)
+        epoch = statistics.median(took.get(_key(script.RECIPE, chosen | {"seed": None}), [usual]))
+        hours += epoch * epochs_of(vars(options)) / 3600
+        print(script.command(chosen))
     guess = f"; some {hours / len(cores()):.1f} hours on this machine" if usual else ""
     print(f"{len(missing)} runs to train{guess}")
 
@@ -1242,7 +1248,7 @@ def interval(draw, runs, repetitions=2000):
 
 # Okabe and Ito's colours, distinct for colour-blind readers too.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
-COLORS = BLUE, VERMILION, GREEN, PURPLE, ORANGE, "#56B4E9"
+SKY = "#56B4E9"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -1296,12 +1302,16 @@ def with_seeds(label, runs):
     return f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
 
 
-def plot_bands(axes, runs, color, label, marker=None, first=1):
+def plot_bands(axes, runs, label, marker=None, first=1, **look):
     """Plot lists of values, one a run, against `first`, `first` + 1, ...: their mean, and a band
-    from the least to the greatest. A run may end early."""
-    longest = max(map(len, runs))
-    table = np.array([run + [np.nan] * (longest - len(run)) for run in runs])
-    steps = range(first, first + longest)
-    axes.plot(steps, np.nanmean(table, 0), color=color, label=label, marker=marker)
+    from the least to the greatest; if some end early, each run by itself. look: colour and style
+    of the lines."""
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.fill_between(steps, np.nanmin(table, 0), np.nanmax(table, 0), color=color, alpha=0.2, lw=0)
+    if len(set(map(len, runs))) > 1:
+        for run in runs:
+            axes.plot(range(first, first + len(run)), run, label=label, marker=marker, **look)
+            label = None  # once in the legend
+        return
+    table, steps = np.array(runs), range(first, first + len(runs[0]))
+    axes.plot(steps, table.mean(0), label=label, marker=marker, **look)
+    axes.fill_between(steps, table.min(0), table.max(0), color=look["color"], alpha=0.2, lw=0)

@@ -118,10 +118,10 @@ def test_whether_the_reports_accuracy_could_be_ours():
     near = [accurate(570, 430), accurate(580, 420), diverged]
     *_, row = hw2_q2.accuracy_table({label: near}, [label]).splitlines()
     assert row.startswith(f"| {label} | 0.5684 / 0.5743 | 0.575 ± 0.007 / 0.575 ± 0.007 | 0.575 ")
-    assert "| 2 (+ 1 diverged) |" in row
-    assert row.endswith("| yes |")
+    assert row.endswith("| 2 (+ 1 diverged) | – / – | – / – |")
+    assert hw2_q2.accuracy_table({label: near[:2]}, [label]).endswith("| yes / yes |")
     far = [accurate(700, 300), accurate(710, 290)]
-    assert hw2_q2.accuracy_table({label: far}, [label]).endswith("| no |")
+    assert hw2_q2.accuracy_table({label: far}, [label]).endswith("| no / no |")
 
 
 PARSERS = {
@@ -291,6 +291,9 @@ def test_error_rates_by_length():
     """Question 3's figure, at its last point, from the records' words."""
     runs = runs_of(hw2_q3, "attention")
     fig = hw2_q3.draw_lengths({"attention": runs})
+    assert [bar.get_height() for bar in fig.axes[2].patches][-1] == np.sum(
+        np.array(runs[0]["final"]["lengths"]) >= 14
+    )
     for axes, index in zip(fig.axes, (0, 1)):
         [line] = axes.get_lines()
         rates = []
@@ -316,6 +319,71 @@ def test_figures_show_the_records(committed):
     losses = [run["history"]["train_loss"] for run in records["plain, rate 0.01"]]
     assert own.get_ydata()[2] == pytest.approx(np.mean(losses, 0)[2])
     assert running.get_ydata()[2] == pytest.approx(np.mean(losses, 0)[:3].mean())
+
+
+def drawn(axes):
+    """{label: y values} of the lines of an axes."""
+    return {line.get_label().partition(" (")[0]: line.get_ydata() for line in axes.get_lines()}
+
+
+def test_runs_that_end_early_are_drawn_one_by_one():
+    runs = runs_of(hw2_q2, "plain, rate 0.1")
+    records = {"plain, rate 0.1": runs}
+    [axes] = hw2_q2.draw_bands(records, records, {"val_accuracy": "Validation accuracy"}).axes
+    lines = [list(line.get_ydata()) for line in axes.get_lines()]
+    assert lines == [run["history"]["val_accuracy"] for run in runs]
+
+
+def test_figures_of_final_scores_show_the_records():
+    """Moved pictures, sizes, overfitting and scrambled pixels; WER@k."""
+    records = {system.label: runs_of(hw2_q2, system.label) for system in hw2_q2.SYSTEMS}
+    for axes, labels in zip(hw2_q2.draw_moved(records).axes, (hw2_q2.MOVED, hw2_q2.POOLS)):
+        names = ["max pooling" if label == "kernels 3x3" else label for label in labels]
+        assert list(drawn(axes)) == names
+        for label, values in zip(labels, drawn(axes).values()):
+            runs = np.array(hw2_q2.moved(records[label]))
+            assert values == pytest.approx((runs - runs[:, :1]).mean(0))
+    accuracy, epochs, seconds = hw2_q2.draw_size(records).axes
+    for label in hw2_q2.CHANGES:
+        runs = hw2_q2.with_scores(records[label])
+        assert list(drawn(accuracy)[label]) == [hw2_q2.late(run) for run in runs]
+        assert list(drawn(epochs)[label]) == [hw2_q2.first_epoch(run) for run in runs]
+        assert list(drawn(seconds)[label]) == [hw2_q2.seconds_an_epoch(run) for run in runs]
+    for axes, label in zip(hw2_q2.draw_overfitting(records).axes, hw2_q2.REGULARISED):
+        histories = [run["history"] for run in records[label]]
+        for name, column in (("training", "train_accuracy"), ("validation", "val_accuracy")):
+            mean = np.mean([history[column] for history in histories], 0)
+            assert drawn(axes)[name] == pytest.approx(mean)
+    lines = drawn(hw2_q2.draw_scrambled(records).axes[-1])
+    for label in hw2_q2.SCRAMBLED:
+        mean = np.mean([run["history"]["val_accuracy"] for run in records[label]], 0)
+        assert lines[label] == pytest.approx(mean)
+    runs = runs_of(hw2_q3, "attention")
+    lines = drawn(hw2_q3.draw_candidates(runs).axes[0])
+    for way, name in (("nucleus", "nucleus, p = 0.8"), ("beam", "beam of 10")):
+        assert lines[name] == pytest.approx(
+            np.mean([run["final"]["curves"][way] for run in runs], 0)
+        )
+    assert list(lines["nucleus, the report"]) == [0.855, 0.755]
+
+
+def test_the_reports_totals():
+    table = hw2_q2.totals_table().splitlines()
+    assert table[2].endswith("| 5,340,742 | -3,078 | 2,496 | 5,340,160 | 5,340,160 |")
+    assert table[3].endswith("| 755,718 | -3,078 | 0 | 752,640 | 752,640 |")
+
+
+def test_right_examples_by_hand():
+    runs = runs_of(hw2_q3, "attention")
+    rows = hw2_q3.example_table(runs[:1]).splitlines()[2:]
+    bold = [
+        sum(f"**{row.split(' | ')[0][2:]}**" in cell for cell in row.split(" | ")[1:2])
+        for row in rows
+    ]
+    assert sum(bold) == 5  # remainder, misperception, slogger, glossal, companions
+    sentence = hw2_q3.count_right_examples(runs)
+    right = [sum(word in found for word, found in run["final"]["examples"]) for run in runs]
+    assert f"spell 5 of the ten words rightly, ours {', '.join(map(str, right))}" in sentence
 
 
 @pytest.fixture
@@ -402,10 +470,11 @@ def test_missing_runs_do_not_mix_data(committed, monkeypatch, landscapes_path):
 def test_intervals_hold_what_they_should():
     """One run of accuracy .5 on 100 pictures: .5 ± 1.96 * .05; two very different runs: both."""
     runs = [{"final": {"test": {"confusion": [[25, 25], [25, 25]]}}}]
-    low, high = utils.interval(hw2_q2.draw_accuracy, runs)
+    draw = hw2_q2.draw_accuracy("test")
+    low, high = utils.interval(draw, runs)
     assert (low, high) == (pytest.approx(0.402, abs=0.02), pytest.approx(0.598, abs=0.02))
     runs.append({"final": {"test": {"confusion": [[45, 5], [5, 45]]}}})
-    low, high = utils.interval(hw2_q2.draw_accuracy, runs)
+    low, high = utils.interval(draw, runs)
     assert low < 0.45
     assert high > 0.92
     words = {"lengths": [4] * 100, "greedy": {"distances": [0, 4] * 50, "ranks": [1, 0] * 50}}
