@@ -2,7 +2,7 @@
 
     python hw2_q2.py -learning_rate 0.01                   batch norm + global average pooling
     python hw2_q2.py -learning_rate 0.01 -no_batch_norm    the plain network
-    python hw2_q2.py -recipe best                          the best training of the same network
+    python hw2_q2.py -recipe best                          the same network, trained otherwise
     python hw2_q2.py -count_params                         the parameters of both, layer by layer
     python hw2_q2.py -predict beach.jpg holiday/           classify your own pictures
 
@@ -137,14 +137,15 @@ def make_parser(recipe="report"):
     utils.add_report_options(parser, "-")
 
     add = parser.add_argument_group("instead of training").add_argument
-    add("-count_params", action="store_true", help="print both networks' parameters, by layer")
+    count = "print the parameters by layer, of both the report's networks or of the residual one"
+    add("-count_params", action="store_true", help=count)
     predict = "classify pictures, or all pictures in folders"
     add("-predict", nargs="+", type=Path, metavar="PATH", help=predict)
     checkpoint = "the network for -predict (default: the one with the best validation accuracy)"
     add("-checkpoint", type=Path, metavar="FILE", help=checkpoint)
     add("-json", action="store_true", help="print the answer of -predict as JSON")
     best = " ".join(parser.arguments(RECIPES["best"]))
-    choice.help = f"the defaults: the report's, or, for more accuracy, {best}"
+    choice.help = f"the report's training, or one meant to be better: {best}"
     parser.set_defaults(**RECIPES[recipe])
     return parser
 
@@ -167,9 +168,11 @@ def _settle(parser, options):
     if options.model == "resnet" and any(
         getattr(options, name) != usual for name, usual in zip(shape, (True, "gap", "max", 3, 1))
     ):
-        parser.error(f"-model resnet has its own shape: no {', '.join(shape)}")
+        parser.error("-model resnet has its own shape; of the network's options only -dropout fits")
+    if options.scramble_pixels and (options.augment or "mirror" in options.at_test):
+        parser.error("-scramble_pixels leaves no picture that -augment or a mirror could change")
     if options.momentum and options.optimizer != "sgd":
-        parser.error("-momentum goes with -optimizer sgd")
+        parser.error("-momentum goes with -optimizer sgd; with adam, -momentum 0")
     if "refresh" in options.at_test and not options.batch_norm:
         parser.error("-at_test refresh is about batch norm, but -no_batch_norm is given")
     if options.batch_norm and options.batch_size == 1:
@@ -190,14 +193,12 @@ def run_options(options):
 
 
 def command(options):
-    """The command line, without paths and machine, that repeats the run with these options: from
-    the recipe with which it is the shortest."""
+    """The command line, without paths and machine, that repeats the run with these options."""
     options = LATER_OPTIONS | options
     usual = {name: values[options["batch_norm"]] for name, values in BY_NORM.items()}
     shown = {name: value for name, value in options.items() if value != usual.get(name)}
-    parsers = {recipe: make_parser(recipe) for recipe in RECIPES}
-    parsers["report"].set_defaults(learning_rate=None)  # so it is always named
-    return utils.shortest_command("python hw2_q2.py", parsers, shown)
+    words = ["python hw2_q2.py -learning_rate", shown.pop("learning_rate")]
+    return " ".join(map(str, [*words, *make_parser().arguments(shown)]))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -274,8 +275,9 @@ class Classifier(nn.Module):
 
     def __init__(self, pixels, precision, mirror):
         super().__init__()
-        self.precision, self.mirror = precision, mirror
-        self.normalize = v2.Normalize(*IMAGENET) if pixels == "normalized" else nn.Identity()
+        self.pixels, self.precision, self.mirror = pixels, precision, mirror
+        for name, values in zip(("mean", "deviation"), IMAGENET):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, x):
         if self.training or not self.mirror:
@@ -284,7 +286,8 @@ class Classifier(nn.Module):
 
     def log_probs(self, x):
         """Those of the pictures as they are, not mirrored."""
-        x = self.normalize(x)
+        if self.pixels == "normalized":
+            x = (x - self.mean) / self.deviation
         with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
             x = self.convs(x)  # (B, C, H, W)
         return F.log_softmax(self.scores(x.float()), dim=1)  # (B, 6)
@@ -340,7 +343,7 @@ class CNN(Classifier):
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, each after batch norm and ReLU, added to what came in (He et al. 2016,
-    "Identity mappings", section 4.1), or to its 1x1 convolution where the shape changes."""
+    "Identity mappings", section 4.1); where the shape changes, to a 1x1 convolution instead."""
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
@@ -349,9 +352,9 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, stride=stride, **same)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, **same)
-        changes = in_channels != out_channels or stride > 1
-        projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-        self.shortcut = projection if changes else None
+        self.shortcut = None
+        if in_channels != out_channels or stride > 1:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x):
         y = F.relu(self.norm1(x))
@@ -568,14 +571,17 @@ def refresh_norms(model, images, count=4096):
     Johnson 2021, section 3), with dropout off, as in evaluation: while it is on, what reaches the
     next batch norm varies more (Li et al. 2019, section 3)."""
     model.eval()
-    for layer in model.modules():
-        if isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm1d)):
-            layer.reset_running_stats()
-            layer.momentum = None  # the mean of all batches, not of the latest
-            layer.train()
+    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d))]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches, not of the latest
+        norm.train()
     rows = torch.randperm(len(images), device=images.device)[:count]
-    for batch in rows.split(64):
+    for batch in rows.split(batch_sizes(len(rows), 64)):
         model(as_input(images[batch]))
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 @torch.inference_mode()
@@ -681,6 +687,8 @@ def fit(run, model, optimizer, splits, options):
         if "refresh" in options.at_test:
             refresh_norms(model, splits["train"][0])
         valid = evaluate(model, *splits["val"])
+        if not math.isfinite(valid["loss"]):  # the last step ruined the weights
+            return history, seconds, len(sizes)
         row = {"train_loss": loss, "train_accuracy": accuracy}
         row |= {"val_loss": valid["loss"], "val_accuracy": valid["accuracy"]}
         for column, value in row.items():

@@ -56,7 +56,6 @@ RECIPES = {  # what --recipe says where the command line does not
         "schedule": "one_cycle",
         "label_smoothing": 0.1,
         "clip": 3.0,
-        "beam_size": 5,
     },
 }
 
@@ -111,9 +110,8 @@ def make_parser(recipe="report"):
     add("--k", type=utils.number(int, 1, 100), default=3, help="samples a word")
     beam = "also search with a beam of this size"
     add("--beam_size", type=utils.number(int, 1, 100), metavar="N", help=beam)
-    together = (
-        "test, or spell with, the models of several seeds together; those missing are trained"
-    )
+    together = "test, or spell with, the models of several seeds together; without a mode, first "
+    together += "train those that are missing"
     add("--ensemble", action="store_true", help=together)
     add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN, help="longest spelling")
     file = "for spell: a file with IPA on each line, or - for standard input"
@@ -121,7 +119,7 @@ def make_parser(recipe="report"):
     utils.add_machine_options(parser, "--")
     utils.add_report_options(parser, "--")
     best = " ".join(parser.arguments(RECIPES["best"]))
-    choice.help = f"the defaults: the report's, or, for more accuracy, {best}"
+    choice.help = f"the report's training, or one meant to be better: {best}"
     parser.set_defaults(**RECIPES[recipe])
     return parser
 
@@ -155,10 +153,8 @@ def run_options(options):
 
 
 def command(options):
-    """The command line, without paths and machine, that repeats the run with these options: from
-    the recipe with which it is the shortest."""
-    parsers = {recipe: make_parser(recipe) for recipe in RECIPES}
-    return utils.shortest_command("python hw2_q3.py", parsers, LATER_OPTIONS | options)
+    """The command line, without paths and machine, that repeats the run with these options."""
+    return " ".join(["python hw2_q3.py", *make_parser().arguments(options)])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -226,9 +222,10 @@ def facing(data, options):
 class Words(NamedTuple):
     """Words as tensors, padded with PAD.
 
-    sources: int64 (N, S), phonemes; lengths: int64 (N,), on the CPU, their numbers
-    targets: int64 (N, T), START, characters, END; target_lengths: (N,), on the CPU, T without PAD
-    spellings: N strings
+    sources: int64 (N, S), what is read; lengths: int64 (N,), on the CPU, how many symbols
+    targets: int64 (N, T), START, what is to be written, END; target_lengths: (N,), on the CPU, T
+    without PAD
+    spellings: N strings, what is to be written as text
     """
 
     sources: torch.Tensor
@@ -661,7 +658,9 @@ def make_step(model, optimizer, totals, smoothing=0.0, clip=None):
     def step(sources, lengths, targets):
         logits, _ = model(sources, lengths, targets)  # (R, V)
         true = targets[:, 1:]
-        loss = F.cross_entropy(logits, true[true != PAD], label_smoothing=smoothing)
+        first = END if smoothing else 0  # the symbols before are never written
+        true = true[true != PAD] - first
+        loss = F.cross_entropy(logits[:, first:], true, label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
         if clip:
@@ -851,7 +850,7 @@ def load_speller(path, device):
         options = LATER_OPTIONS | saved["config"]["options"]
         source, target = (
             Vocabulary(saved["symbols"][side], options["direction"] == spaced)
-            for side, spaced in (("source", "p2g"), ("target", "g2p"))
+            for side, spaced in zip(saved["symbols"], ("p2g", "g2p"), strict=True)
         )
         model = build_model(options, source, target).to(device)
         model.load_state_dict(saved["best"])
@@ -865,22 +864,29 @@ def sampling_seed(options):
     return options.seed[0] if options.ensemble else options.seed
 
 
-def train_many(several, options):
-    """Train several runs; for an ensemble also those whose record is there, but no checkpoint."""
-    data = load_data(several[0])
-    lost = [own for own in several if not make_run(own, data).checkpoint.exists()]
-    lost = lost if options.ensemble and not options.restart else []
-    for own in lost:
-        own.restart = True
-    for part in (lost, [own for own in several if own not in lost]):
-        if part:
-            utils.train_many(sys.modules[__name__], part, data)
+def is_whole(saved, run):
+    """Whether a checkpoint's contents are those of the run, trained to its end."""
+    done = len(saved["seconds"])
+    return saved["config"] == run.config and done == run.config["options"]["n_epochs"]
+
+
+def whole_record(run):
+    """The record of a finished run whose checkpoint is there and whole, or None."""
+    try:
+        saved = utils.load_checkpoint(run.checkpoint, mmap=True)
+    except UserError:
+        return None
+    return utils.finished_record(run) if is_whole(saved, run) else None
 
 
 def load_ensemble(options, data, device):
     """The Speller of the runs that --ensemble combines, trained on these data."""
-    runs = [make_run(own, data) for own in members(options)]
-    spellers = [load_speller(run.checkpoint, device)[0] for run in runs]
+    spellers = []
+    for run in (make_run(own, data) for own in members(options)):
+        speller, saved = load_speller(run.checkpoint, device)
+        if not is_whole(saved, run):
+            raise UserError(f"{run.checkpoint}: is not trained to its end; go on with its training")
+        spellers.append(speller)
     return spellers[0]._replace(model=Ensemble([speller.model for speller in spellers]).eval())
 
 
@@ -907,11 +913,12 @@ def test(run, data, device, options):
     if not run.checkpoint.exists():
         raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
     speller, saved = load_speller(run.checkpoint, device)
+    if is_turned(saved["config"]["options"]) != is_turned(vars(options)):
+        raise UserError(f"{run.checkpoint}: is of the other --direction")
     final = score(speller, data.splits["test"], options)
     final["attention"] = attention_examples(speller, data.splits["test"][:SHOWN], options.max_len)
     print_scores(final, options, " (built-in sample)" if data.name == "sample" else "")
-    whole = len(saved["seconds"]) == run.config["options"]["n_epochs"]
-    if saved["config"] != run.config or not whole:
+    if not is_whole(saved, run):
         print("The checkpoint is unfinished or of another run: no record and no figures written")
         return
     record = utils.load_record(run.record) | {"final": final}
@@ -1033,9 +1040,10 @@ def plot_attention(record):
     for axes, example in zip(grid.flat, examples):
         axes.grid(False)
         image = axes.imshow(example["weights"], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(example["phonemes"])), example["phonemes"])
-        axes.set_yticks(range(len(example["letters"])), example["letters"])
-        axes.set_title("".join(example["letters"][:-1]))
+        plain = {"parse_math": False}  # a dollar sign is a symbol like any other
+        axes.set_xticks(range(len(example["phonemes"])), example["phonemes"], **plain)
+        axes.set_yticks(range(len(example["letters"])), example["letters"], **plain)
+        axes.set_title("".join(example["letters"][:-1]), **plain)
     sides = ["Phonemes", "Letters"]
     if is_turned(record["config"]["options"]):
         sides.reverse()
@@ -1352,7 +1360,8 @@ def spell_lines(lines, speller, options):
     source = speller.source
 
     def read(line):
-        return segment(line, source) if source.spaced else source.split(line.strip())
+        line = unicodedata.normalize("NFC", line).strip()
+        return segment(line, source) if source.spaced else source.split(line)
 
     pairs = [(tuple(read(line)), "") for line in lines if line.strip()]
     if not pairs:
@@ -1387,7 +1396,8 @@ def main(argv=None):
         utils.write_report(sys.modules[__name__], options)
         return
     if not options.mode and len(several := members(options)) > 1:
-        train_many(several, options)
+        done = whole_record if options.ensemble else None
+        utils.train_many(sys.modules[__name__], several, done=done)
         if not options.ensemble:
             return
     device = utils.prepare_device(options.device, options.threads)

@@ -54,6 +54,15 @@ SPLITS = ("train", "val", "test")
 class UserError(Exception):
     """Something the user can mend. Its text is one line: what is wrong, where, how to mend it."""
 
+    def __init__(self, text):
+        super().__init__(printable(text))
+
+
+def printable(text, most=500):
+    """A text on one line, without characters that a terminal would obey, not too long."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Names each option's default, but for those whose default needs a sentence of its own."""
@@ -72,7 +81,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
-        unknown = [word for word in words if self._looks_unknown(word)]  # also a shortened name
+        named = words[: words.index("--")] if "--" in words else words
+        unknown = [word for word in named if self._looks_unknown(word)]  # also a shortened name
         if not unknown:
             options, unknown = self.parse_known_intermixed_args(words, namespace)
         if unknown:
@@ -88,32 +98,19 @@ class Parser(argparse.ArgumentParser):
         return is_option and name not in self._option_string_actions
 
     def arguments(self, options):
-        """The arguments that say what `options`, a dictionary, says beyond the defaults; None if
-        none can."""
+        """The arguments that say what `options`, a dictionary, says beyond the defaults."""
         words = []
         for action in self._actions:
-            value = options.get(action.dest, action.default)
-            if value == action.default:
+            value = options.get(action.dest)
+            if value is None or value == action.default:
                 continue
-            if value is None or (action.nargs == 0 and value != action.const):
-                return None
             values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
             words += [*action.option_strings[:1], *map(str, values)]
         return words
 
     def error(self, message):
+        message = printable(message)
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
-
-
-def shortest_command(name, parsers, options):
-    """The shortest command line that says what `options`, a dictionary, says: `name` and the
-    arguments beyond the defaults of one of `parsers`, {recipe: Parser}."""
-    lines = []
-    for recipe, parser in parsers.items():
-        words = parser.arguments(options | {"recipe": recipe})
-        if words is not None:
-            lines.append(" ".join([name, *words]))
-    return min(lines, key=len)
 
 
 class OneOrMore(argparse.Action):
@@ -190,7 +187,9 @@ def run_script(main):
     except UserError as error:
         sys.exit(_say(f"error: {error}", 2))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; to go on, run the same command again", 130))
+        anew = {"-restart", "--restart"} & set(sys.argv)
+        how = f", without {anew.pop()}" if anew else ""
+        sys.exit(_say(f"interrupted; to go on, run the same command again{how}", 130))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -199,6 +198,9 @@ def run_script(main):
     except BrokenPipeError:  # as in `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # a full disk below the output, a name that no system takes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_say(f"error: {one_line(error)}", 2))
 
 
 def is_out_of_memory(error):
@@ -264,8 +266,9 @@ def cores():
 
 
 def one_cycle(step, optimizer, peak, begun, steps, warm_up=0.3):
-    """`step`, with the learning rate set before each call, of which `begun` of `steps` are past: up
-    to `peak` along a line, down to 0 along a cosine (Smith and Topin 2018, section 3)."""
+    """`step`, with the learning rate set before each call, of which `begun` of `steps` are past:
+    one cycle (Smith and Topin 2018, section 3), up to `peak` along a line, and, as torch's
+    OneCycleLR, down to 0 along a cosine."""
     count = itertools.count(begun)
 
     def stepped(*batch):
@@ -884,10 +887,11 @@ class Task:
             return 0
 
 
-def train_many(script, several, data=None):
+def train_many(script, several, data=None, done=None):
     """Train the runs that several namespaces of options describe, side by side: their records.
 
-    script: the question's module; it has make_parser, make_run, load_data and summary.
+    script: the question's module; it has make_parser, make_run, load_data and summary. done: as
+    of run_many.
     """
     data = data or script.load_data(several[0])
     parser, tasks = script.make_parser(), []
@@ -895,7 +899,7 @@ def train_many(script, several, data=None):
         own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
         words = str(Path(script.__file__).resolve()), *parser.arguments(own)
         tasks.append(Task(script.make_run(options, data), words, epochs_of(own)))
-    return run_many(tasks, script.summary, several[0])
+    return run_many(tasks, script.summary, several[0], done or finished_record)
 
 
 def epochs_of(options):
@@ -926,10 +930,11 @@ def read_or_set_aside(path):
         return {}
 
 
-def run_many(tasks, summary, options):
+def run_many(tasks, summary, options, done=finished_record):
     """Train the runs of `tasks` side by side and return their records, in order.
 
-    A run that has a record is passed over, so the same call again does what is left. summary: a
+    A run for which done(run) returns a record is passed over, so the same call again does what is
+    left. summary: a
     record -> what the line says that is printed as its run ends. options: how many at once ('jobs';
     by default one a core, or one on a GPU), or the address of a Dask scheduler whose workers, on
     machines that share this folder, do the work ('scheduler'); 'restart' passes no run over. A run
@@ -939,7 +944,7 @@ def run_many(tasks, summary, options):
     jobs = options.jobs or (1 if cuda else len(cores()))
     left, failed = {}, 0
     for task in tasks:
-        record = None if options.restart else finished_record(task.run)
+        record = None if options.restart else done(task.run)
         if record:
             print(f"{task.run.name}: {summary(record)} (from its record)")
         else:
@@ -1099,19 +1104,19 @@ def write_report(script, options):
     fields of the template's part: figures, text, or None where no run is.
     """
     folder = options.output_dir / "figures"
-    wanted, found = _wanted_runs(script, options), _read_records(folder / "runs", script.QUESTION)
-    missing = [several for key, several in wanted if key not in found]
+    all_systems = argparse.Namespace(**vars(options) | {"report": "all", "only": "*"})
+    most_seeds = argparse.Namespace(**vars(all_systems) | {"n_seeds": len(REPORT_SEEDS)})
+    known = {key for key, _ in _wanted_runs(script, most_seeds)}
+    found = _read_records(folder / "runs", script.QUESTION, known)
+    missing = [several for key, several in _wanted_runs(script, options) if key not in found]
     if options.dry_run:
         _list_missing(script, missing, found.values())
         return
     if missing:
         _train_missing(script, missing, found, options)
-        found = _read_records(folder / "runs", script.QUESTION)
-    every = _wanted_runs(
-        script, argparse.Namespace(**vars(options) | {"report": "all", "only": "*"})
-    )
+        found = _read_records(folder / "runs", script.QUESTION, known)
     records = {system.label: [] for system in script.SYSTEMS}
-    for key, several in every:
+    for key, several in _wanted_runs(script, all_systems):
         if key in found:
             records[several.label].append(found[key])
     fields = script.report_parts(records)
@@ -1138,17 +1143,17 @@ def _key(recipe, options):
     return json.dumps([recipe, options], sort_keys=True)
 
 
-def _read_records(folder, question):
-    """{key: record} of a question's runs on one data set, that with the most of them; built-in
-    samples are none. Broken records are named and set aside."""
+def _read_records(folder, question, known):
+    """{key: record} of a question's runs with `known` keys on one data set, that with the most of
+    them; built-in samples are none. Broken records are named and set aside."""
     found = {}
     for path in sorted(folder.glob(f"{question}-*.json")):
         record = read_or_set_aside(path)
         if is_finished(record):
             config = record["config"]
-            if config["data"]["name"] != "sample":
-                of_data = found.setdefault(config["data"]["fingerprint"], {})
-                of_data[_key(config["recipe"], config["options"])] = record
+            key = _key(config["recipe"], config["options"])
+            if key in known and config["data"]["name"] != "sample":
+                found.setdefault(config["data"]["fingerprint"], {})[key] = record
     return max(found.values(), key=len, default={})
 
 

@@ -36,8 +36,8 @@ def parse_options(argv=None):
     parser.add_argument(
         "--train", type=lambda s: s if s == "all" else size(s), default=10000, help=train
     )
-    parser.add_argument("--valid", type=size, default=1000, help="pairs to validate on")
-    parser.add_argument("--test", type=size, default=1000, help="pairs to test on")
+    parser.add_argument("--valid", type=size, help="pairs to validate on (default: 1000)")
+    parser.add_argument("--test", type=size, help="pairs to test on (default: 1000)")
     parser.add_argument(
         "--seed", type=utils.number(int, 0, 2**32 - 1), default=42, help="random seed"
     )
@@ -45,7 +45,12 @@ def parse_options(argv=None):
     parser.add_argument("--keep", type=Path, metavar="DIR", help=keep)
     folder = "where the three files are written (default: data/)"
     parser.add_argument("--output_dir", type=Path, default=utils.ROOT / "data", help=folder)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.keep and (options.valid or options.test):
+        parser.error("--keep keeps the validation and test pairs: neither --valid nor --test")
+    if options.keep and options.keep.resolve() == options.output_dir.resolve():
+        parser.error("--keep needs another folder as --output_dir, or it loses its training pairs")
+    return options
 
 
 def split_by_spelling(pairs, sizes, seed):
@@ -95,7 +100,8 @@ def main(argv=None):
     if options.keep:
         splits = split_beside(pairs, options.keep, options.train, options.seed)
     else:
-        sizes = {"test": options.test, "valid": options.valid, "train": options.train}
+        test, valid = options.test or 1000, options.valid or 1000
+        sizes = {"test": test, "valid": valid, "train": options.train}
         splits = split_by_spelling(pairs, sizes, options.seed)
     for split in reversed(splits):
         lines = "".join(f"{phonemes}\t{spelling}\n" for phonemes, spelling in splits[split])

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -287,10 +287,27 @@ PARSERS = {
 }
 OPTIONS = sorted({*hw2_q2.make_parser()._option_string_actions} - {"-h", "--help"})
 OPTIONS += sorted({*hw2_q3.make_parser()._option_string_actions} - {"-h", "--help"})
+OPTIONS += [
+    "best",
+    "resnet",
+    "flip",
+    "mirror",
+    "refresh",
+    "one_cycle",
+    "g2p",
+    "train",
+    "test",
+    "spell",
+]
 OPTIONS += ["--archive", "--tsv", "--language", "--train", "-learning_rat", "--use-attn"]
 
 
 @pytest.mark.parametrize("name", PARSERS)
+@example(words=["-recipe", "best", "-seed", "1", "2", "-augment"])
+@example(words=["-model", "resnet", "-recipe", "best", "-momentum", "0"])
+@example(words=["--recipe", "best", "--ensemble", "--seed", "1", "2"])
+@example(words=["--direction", "g2p", "--use_attn", "--input_feeding", "--clip", "2"])
+@example(words=["-\n"])
 @given(words=st.lists(st.sampled_from(OPTIONS) | ODD_TEXT | st.integers().map(str), max_size=6))
 def test_command_lines(name, words):
     errors = io.StringIO()

@@ -56,7 +56,8 @@ BAD_OPTIONS = [
     "-predict no/such/picture.jpg -checkpoint none.pt", "-recipe none", "-augment flop",
     "-at_test mirror mirrors", "-momentum 1", "-momentum 0.9 -optimizer adam",
     "-at_test refresh -no_batch_norm", "-model vgg", "-model resnet -no_batch_norm",
-    "-model resnet -convs 2", "-label_smoothing 1", "-precision float16",
+    "-model resnet -convs 2", "-scramble_pixels -augment flip", "-recipe best -scramble_pixels",
+    "-recipe best -optimizer adam", "-label_smoothing 1", "-precision float16",
 ]  # fmt: skip
 
 
@@ -76,20 +77,27 @@ def test_bad_options_end_with_one_line(line, fails):
         "-learning_rate 0.01 -convs 2",
         "-learning_rate 0.01 -batch_size 16 -head flatten -dropout 0.3 -l2_decay 0.0005",
         "-learning_rate 0.1 -momentum 0.9 -augment flip -at_test refresh",
-        "-recipe best",
-        "-recipe best -seed 3 -augment",
-        "-recipe best -momentum 0.0 -precision bfloat16 -pixels normalized",
-        "-recipe best -learning_rate 0.05 -augment flip crop zoom",
     ],
 )
 def test_the_recorded_command_repeats_the_run(line):
     names = (*hw2_q2.RUN_OPTIONS, *hw2_q2.LATER_OPTIONS)
     chosen = {name: getattr(options(*line.split()), name) for name in names}
     command = hw2_q2.command(chosen)
-    assert command.split()[:3] == ["python", "hw2_q2.py", line.split()[0]]
+    assert command.startswith("python hw2_q2.py -learning_rate ")
     assert set(command.split()[2:]) == set(line.split())
     again = options(*command.split()[2:])
     assert {name: getattr(again, name) for name in names} == chosen
+
+
+@pytest.mark.parametrize(
+    "more", ["", "-augment", "-momentum 0 -seed 3", "-at_test", "-model resnet"]
+)
+def test_the_command_of_a_recipe_names_its_options(more):
+    """So that it is the same run when the recipe has become another."""
+    chosen = hw2_q2.run_options(options("-recipe", "best", *more.split()))
+    command = hw2_q2.command(chosen)
+    assert "recipe" not in command
+    assert hw2_q2.run_options(options(*command.split()[2:])) == chosen
 
 
 def test_a_recipe_is_the_defaults_of_its_options():
@@ -415,17 +423,23 @@ def test_augmentation_changes_each_picture_by_itself():
 
 
 def test_refreshed_batch_norm_has_the_means_and_variances_without_dropout():
+    """Of all batches alike, whatever was before; 129 pictures make batches of 64 and 65."""
     torch.manual_seed(0)
     model = hw2_q2.build_model(options("-dropout", 0.5))
-    images = torch.randint(0, 256, (64, 3, 48, 48), dtype=torch.uint8)
-    for _ in range(2):  # the second time nothing is left of the first
-        hw2_q2.refresh_norms(model, images)
-    hidden, norm = [], model.norm
-    norm.register_forward_pre_hook(lambda layer, inputs: hidden.append(inputs[0]))
-    hw2_q2.predict(model, images)
-    near = {"rtol": 0.01, "atol": 0.001}  # the layers before take their variances over n - 1
-    torch.testing.assert_close(norm.running_mean, hidden[0].mean(0), **near)
-    torch.testing.assert_close(norm.running_var, hidden[0].var(0), **near)
+    images, norm = torch.randint(0, 256, (129, 3, 48, 48), dtype=torch.uint8), model.norm
+    hw2_q2.refresh_norms(model, images[:70])
+    hidden = []
+    hook = norm.register_forward_pre_hook(lambda layer, inputs: hidden.append(inputs[0]))
+    hw2_q2.refresh_norms(model, images)
+    hook.remove()
+    assert [len(x) for x in hidden] == [64, 65]
+    torch.testing.assert_close(norm.running_mean, sum(x.mean(0) for x in hidden) / 2)
+    torch.testing.assert_close(norm.running_var, sum(x.var(0) for x in hidden) / 2)
+    assert norm.momentum == 0.1
+    alone = model.convs(hw2_q2.as_input(images)).mean((2, 3))  # in evaluation: no dropout
+    torch.testing.assert_close(
+        torch.cat(hidden).mean(0), F.relu(model.fc1(alone)).mean(0), rtol=0.1, atol=0.01
+    )
 
 
 def test_adam_sees_fc1s_gradient():
@@ -711,6 +725,32 @@ def test_a_loss_that_explodes_stops_the_run(landscapes_path, tmp_path, fails):
     assert 1 < batch <= 5
     assert f"epoch 1, batch {batch}, and training stopped" in line
     assert "final" not in record
+
+
+def test_a_last_step_that_ruins_the_weights_keeps_the_epoch_before(train, monkeypatch, tmp_path):
+    """The training loss was still a number; that of the validation is none."""
+    real, epochs = hw2_q2.train_epoch, []
+
+    def train_epoch(step, *args):
+        result = real(step, *args)
+        epochs.append(1)
+        if len(epochs) == 2:
+            spoil()
+        return result
+
+    def make_step(model, *args):
+        nonlocal spoil
+        spoil = lambda: model.fc3.bias.data.fill_(math.nan)  # noqa: E731
+        return make(model, *args)
+
+    spoil, make = None, hw2_q2.make_step
+    monkeypatch.setattr(hw2_q2, "train_epoch", train_epoch)
+    monkeypatch.setattr(hw2_q2, "make_step", make_step)
+    with pytest.raises(utils.UserError, match="epoch 2, batch 5"):
+        train()
+    (checkpoint,) = map(utils.load_checkpoint, tmp_path.glob("out/checkpoints/*.pt"))
+    assert len(checkpoint["seconds"]) == 1
+    assert checkpoint["model"]["fc3.bias"].isfinite().all()
 
 
 def test_a_loss_that_explodes_later_keeps_the_epochs_before(train, monkeypatch, tmp_path):

@@ -126,17 +126,7 @@ def test_a_recipe_is_the_defaults_of_its_options():
     assert options("--recipe", "best", "--layers", 3).clip == best["clip"]
 
 
-def test_commands_say_what_a_recipe_has_no_words_against():
-    """--use_attn and --clip, once on, cannot be put off; so these start from the other recipe."""
-    best = hw2_q3.run_options(options("--recipe", "best"))
-    for name in ("use_attn", "clip"):
-        without = best | {name: hw2_q3.make_parser().get_default(name)}
-        again = options(*hw2_q3.command(without).split()[2:])
-        assert getattr(again, name) == without[name]
-        assert again.layers == best["layers"]
-
-
-LINES = ["", "--use_attn", "--lr 0.01 --seed 3 --hidden_size 64", "--recipe best --seed 3"]
+LINES = ["", "--use_attn", "--lr 0.01 --seed 3 --hidden_size 64", "--direction g2p"]
 LINES += ["--layers 2 --schedule one_cycle --clip 1.0 --label_smoothing 0.1"]
 
 
@@ -368,8 +358,12 @@ def test_label_smoothing_and_clipping_by_hand(vocabularies):
         log_probs = model(*batch)[0].detach().log_softmax(1)
         optimizer = torch.optim.SGD(model.parameters(), 1.0)
         hw2_q3.make_step(model, optimizer, totals, smoothing, clip)(*batch)
+        if smoothing:  # over what can be written
+            log_probs[:, :END] = -torch.inf
+            log_probs = log_probs.log_softmax(1)
         own = -log_probs.gather(1, true[true != PAD].unsqueeze(1)).mean()
-        expected = (1 - smoothing) * own - smoothing * log_probs.mean()
+        spread = log_probs[:, END:].mean() if smoothing else 0
+        expected = (1 - smoothing) * own - smoothing * spread
         assert (totals[0] / totals[1]).item() == pytest.approx(expected.item(), rel=1e-5)
         after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
         losses.append((after - before).norm().item())
@@ -753,7 +747,19 @@ def test_an_ensemble_trains_what_is_missing_and_is_scored_as_one(folder, tmp_pat
     assert (
         record["command"] == "python hw2_q3.py --n_epochs 2 --hidden_size 8 --ensemble --seed 1 2"
     )
-    next(tmp_path.glob("checkpoints/*.pt")).unlink()  # as in a clone, which has records alone
+    one, other = tmp_path.glob("checkpoints/*.pt")
+    saved = utils.load_checkpoint(other)  # as if its training had been interrupted there
+    short = {column: values[:1] for column, values in saved["history"].items()}
+    saved |= {"history": short, "seconds": saved["seconds"][:1], "finished": False}
+    utils.save_checkpoint(other, **saved)
+    with pytest.raises(utils.UserError, match="not trained to its end"):
+        hw2_q3.main(["test", *argv])
+    capsys.readouterr()
+    hw2_q3.main(argv)
+    assert f"{one.stem}: Test CER" in capsys.readouterr().out
+    assert len(utils.load_checkpoint(other)["seconds"]) == 2
+    one.unlink()
+    other.unlink()  # as in a clone, which has records alone
     hw2_q3.main(argv)
     again = utils.load_record(tmp_path / "figures" / "runs" / name)
     assert again["final"] == record["final"]
