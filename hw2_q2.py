@@ -60,6 +60,8 @@ RECIPES = {  # what -recipe says where the command line does not
         "at_test": ["mirror"],
     },
 }
+# Those about where and how a run is made, which change no result.
+PLACES = "device", "threads", "output_dir", "data_path", "restart", "jobs", "scheduler"
 AUGMENTATIONS = {
     "flip": v2.RandomHorizontalFlip(),
     "crop": v2.RandomCrop(SIZE, padding=4, padding_mode="reflect"),
@@ -152,6 +154,7 @@ def make_parser(recipe="report"):
 
 def _settle(parser, options):
     """Derive what one option says about another; refuse what contradicts itself."""
+    utils.check_report_options(parser, options, "-", PLACES)
     if options.no_maxpool:
         if options.pool not in ("max", "stride"):
             parser.error(f"-no_maxpool means -pool stride, but -pool {options.pool} is given too")
@@ -179,9 +182,10 @@ def _settle(parser, options):
         parser.error(
             "batch norm needs at least 2 pictures a batch: -batch_size 2 or -no_batch_norm"
         )
+    if options.predict and options.count_params:
+        parser.error("-predict and -count_params are two things to do")
     if options.predict is None and (options.checkpoint or options.json):
         parser.error("-checkpoint and -json go with -predict")
-    utils.check_report_options(parser, options, "-")
     del options.recipe  # all that it said is in the other options now
     return options
 
@@ -849,7 +853,6 @@ def draw_pictures(path, title, images, labels, predicted):
 # ----------------------------------------------------------------------------------------------
 # report
 
-PLACES = "device", "threads", "output_dir", "data_path", "restart", "jobs", "scheduler"
 SHORT = "-learning_rate 0.01 -epochs 10"
 SYSTEMS = (
     utils.System("plain, rate 0.1", "-no_batch_norm -learning_rate 0.1"),
@@ -1277,8 +1280,10 @@ def load_network(path, device="cpu"):
     """The network of a checkpoint, ready to predict, and the checkpoint's contents."""
     saved = utils.load_checkpoint(path, device)
     try:
+        utils.check_command(parse_options, command(saved["config"]["options"]))
         model = build_model(saved["config"]["options"])
         model.load_state_dict(saved["model"])
+        saved["history"]["val_accuracy"][-1]
     except utils.MISFITS as error:
         raise UserError(f"{path}: not a network of question 2 ({utils.one_line(error)})")
     return model.to(device).eval(), saved

@@ -45,6 +45,8 @@ LATER_OPTIONS = {
     "direction": "p2g", "layers": 1, "input_feeding": False, "schedule": "constant",
     "label_smoothing": 0.0, "clip": None, "ensemble": False,
 }  # fmt: skip
+# Those about where and how a run is made, which change no result.
+PLACES = "device", "threads", "output_dir", "data_dir", "restart", "jobs", "scheduler"
 RECIPES = {  # what --recipe says where the command line does not
     "report": {},
     "best": {
@@ -126,6 +128,7 @@ def make_parser(recipe="report"):
 
 def _settle(parser, options):
     """Derive what one option says about another; refuse what contradicts itself."""
+    utils.check_report_options(parser, options, "--", PLACES)
     options.nucleus = options.nucleus or options.topp is not None
     options.topp = 0.8 if options.topp is None else options.topp
     if options.hidden_size % 2:
@@ -141,7 +144,6 @@ def _settle(parser, options):
         parser.error(f"several values of --{several[0]} are for training and testing in one")
     if options.ipa and options.input:
         parser.error("give IPA either as arguments or by --input")
-    utils.check_report_options(parser, options, "--")
     del options.recipe  # all that it said is in the other options now
     return options
 
@@ -719,6 +721,9 @@ def fit(run, speller, optimizer, words, options):
             loss = train_epoch(step, totals, words["train"], options.batch_size)
         except utils.Diverged as diverged:
             return history, seconds, diverged.batch
+        if not all(weights.isfinite().all() for weights in model.parameters()):
+            batches = math.ceil(len(words["train"].lengths) / options.batch_size)
+            return history, seconds, batches  # the last step ruined them
         spelled = only_spellings(speller.greedy(words["val"]))
         valid = score_candidates(spelled, words["val"].spellings, 1, speller.target.split)
         row = {"train_loss": loss, "val_cer": valid["cer"], "val_wer": valid["wer"]}
@@ -852,8 +857,11 @@ def load_speller(path, device):
             Vocabulary(saved["symbols"][side], options["direction"] == spaced)
             for side, spaced in zip(saved["symbols"], ("p2g", "g2p"), strict=True)
         )
+        utils.check_command(parse_options, command(saved["config"]["options"]))
         model = build_model(options, source, target).to(device)
         model.load_state_dict(saved["best"])
+        min(saved["history"]["val_cer"])
+        "".join(source.symbols + target.symbols)
     except utils.MISFITS as error:
         raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
     return Speller(model.eval(), source, target), saved
@@ -1057,7 +1065,6 @@ def plot_attention(record):
 # ----------------------------------------------------------------------------------------------
 # report
 
-PLACES = "device", "threads", "output_dir", "data_dir", "restart", "jobs", "scheduler"
 PLAIN, ATTENTION = "no attention", "attention"
 SYSTEMS = utils.System(PLAIN, ""), utils.System(ATTENTION, "--use_attn")
 LOOKS = {  # of a system's lines
@@ -1410,10 +1417,10 @@ def main(argv=None):
         return
     print("\n".join(audit(data)))
     run, data = make_run(options, data), facing(data, options)
-    if options.mode == "test":
-        test(run, data, device, options)
-        return
     with utils.only_here(run):
+        if options.mode == "test":
+            test(run, data, device, options)
+            return
         train(run, data, device, options)
         if options.mode != "train":
             test(run, data, device, options)

@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -56,6 +57,10 @@ class UserError(Exception):
 
     def __init__(self, text):
         super().__init__(printable(text))
+
+
+class Damaged(UserError):
+    """A record whose content is not what this project wrote."""
 
 
 def printable(text, most=500):
@@ -111,6 +116,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         message = printable(message)
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
+
+
+def check_command(parse_options, command):
+    """Raise ValueError if the command line that a file claims to be of is refused."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            parse_options(command.split()[2:])
+    except SystemExit:
+        raise ValueError(errors.getvalue())
 
 
 class OneOrMore(argparse.Action):
@@ -195,12 +210,11 @@ def run_script(main):
             raise
         line = "error: out of memory; a smaller batch size or network needs less"
         sys.exit(_say(f"{line} ({one_line(error)})", 2))
-    except BrokenPipeError:  # as in `... | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:  # a full disk below the output, a name that no system takes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(_say(f"error: {one_line(error)}", 2))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where its rest goes
+        if isinstance(error, BrokenPipeError):  # as in `... | head`: nobody reads on
+            sys.exit(1)
+        sys.exit(_say(f"error: {printable(str(error))}", 2))
 
 
 def is_out_of_memory(error):
@@ -239,7 +253,7 @@ def prepare_device(name=None, threads=None):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device {name!r} cannot be used ({one_line(error)}); try cpu")
     torch.set_num_threads(threads or len(cores()))
     if device.type == "cuda":
@@ -351,10 +365,13 @@ def record_graph(step, inputs):
 # loading data
 
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
-BIDIRECTIONAL = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # may hide text
+BIDIRECTIONAL = set(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # may hide text
 SIZE = 48  # pixels, the height and width of every picture
 MOST_BYTES = 4 * 2**30  # of a data file, unpacked; the course's is .1 GiB, in float64 it is .9
 MOST_SYMBOLS = 1000  # of a word's sound or spelling
+MOST_TEXT = 2**28  # bytes of a list of words; WikiPron's have two million
 
 
 @dataclass
@@ -495,7 +512,11 @@ def load_pronunciations(folder):
 def read_tsv(path):
     """The lines of a file as pairs of NFC strings. Raises UserError, naming file and line."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            content = file.read(MOST_TEXT + 1)
+        if len(content) > MOST_TEXT:
+            raise UserError(f"{path}: refused, for it has more than {MOST_TEXT / 2**20:.0f} MiB")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; data/README.md says how to get the data")
     except OSError as error:
@@ -503,7 +524,7 @@ def read_tsv(path):
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8")
-    lines = unicodedata.normalize("NFC", text).replace("\r\n", "\n").split("\n")
+    lines = text.replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
     if not lines:
@@ -521,7 +542,7 @@ def _fields(line, where):
         raise UserError(f"{where}: a field of more than {MOST_SYMBOLS:,} characters")
     if any(unicodedata.category(c) == "Cc" or c in BIDIRECTIONAL for c in "".join(fields)):
         raise UserError(f"{where}: a control character")
-    return tuple(fields)
+    return tuple(unicodedata.normalize("NFC", field) for field in fields)
 
 
 def read_picture(file):
@@ -532,7 +553,7 @@ def read_picture(file):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
-            with Image.open(file) as picture:
+            with Image.open(file, formats=FORMATS) as picture:
                 picture = ImageOps.exif_transpose(picture)
                 if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
                     levels = np.asarray(picture) // 257
@@ -541,15 +562,19 @@ def read_picture(file):
         if picture.size != (SIZE, SIZE):
             picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)  # antialiased
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    except MemoryError:
+        raise
     except Exception as error:  # the decoders of damaged pictures raise whatever they like
-        raise UserError(
-            f"{getattr(file, 'name', file)}: not a readable picture ({one_line(error)})"
-        )
+        raise UserError(f"{file}: not a readable picture ({one_line(error)})")
+
+
+# Those that a photograph may come in; others of Pillow's start programs or are films.
+FORMATS = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
 
 
 def picture_endings():
-    """The file name endings, such as '.jpg', of the formats that Pillow reads."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """The file name endings, such as '.jpg', of the formats that are read."""
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
 
 
 def download(url, path):
@@ -630,6 +655,8 @@ def write_file(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # before the name is its, or a power cut could leave it empty
         _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise UserError(f"{path}: cannot be written ({one_line(error)})")
@@ -663,17 +690,24 @@ def _checksum(record):
 
 
 def load_record(path):
-    """Read a run record. Raises UserError if it is missing, broken or was changed by hand."""
+    """Read a run record. Raises UserError if it cannot be read, Damaged if it is broken or was
+    changed by hand."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such record")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable run record ({one_line(error)})")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})")
+    try:
+        record = json.loads(content.decode("utf-8"))
+        found = record.pop("checksum", None) if isinstance(record, dict) else None
+        checksum = _checksum(record)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: not a readable run record ({one_line(error)})")
     if not isinstance(record, dict) or not _is_config(record.get("config")):
-        raise UserError(f"{path}: not a run record")
-    if record.pop("checksum", None) != _checksum(record):
-        raise UserError(f"{path}: damaged, or changed by hand: its checksum is another")
+        raise Damaged(f"{path}: not a run record")
+    if found != checksum:
+        raise Damaged(f"{path}: damaged, or changed by hand: its checksum is another")
     return record
 
 
@@ -708,6 +742,8 @@ def load_checkpoint(path, device="cpu", mmap=False):
             content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})")
     except Exception as error:  # the unpickler of a damaged file raises whatever it likes
         if is_out_of_memory(error):
             raise
@@ -717,15 +753,19 @@ def load_checkpoint(path, device="cpu", mmap=False):
         isinstance(content, dict)
         and _is_config(content.get("config"))
         and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
-        and all(isinstance(column, list) for column in content["history"].values())
+        and all(map(_are_numbers, (content["seconds"], *content["history"].values())))
         and {len(column) for column in content["history"].values()} <= {len(content["seconds"])}
     ):
         raise UserError(f"{path}: not a checkpoint of this project")
     return content
 
 
+def _are_numbers(values):
+    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
+
+
 # What torch and Python raise where a checkpoint's parts do not fit the network they are meant for.
-MISFITS = RuntimeError, ValueError, KeyError, TypeError, AttributeError
+MISFITS = RuntimeError, ValueError, LookupError, TypeError, AttributeError
 
 
 def continue_run(run, model, optimizer, restart=False):
@@ -733,7 +773,7 @@ def continue_run(run, model, optimizer, restart=False):
 
     Returns what its checkpoint holds, above all 'history' {column: [a value an epoch]} and
     'seconds' [a value an epoch]; only these two, empty, where training starts anew: no checkpoint,
-    a finished one, or `restart`.
+    a finished one with its record, or `restart`.
     """
     anew = {"history": {}, "seconds": []}
     if restart or not run.checkpoint.exists():
@@ -741,24 +781,44 @@ def continue_run(run, model, optimizer, restart=False):
     saved = load_checkpoint(run.checkpoint, next(model.parameters()).device)
     if saved["config"] != run.config:
         raise UserError(f"{run.checkpoint}: belongs to another run; delete it")
-    if saved["finished"]:
+    if saved["finished"] and run.record.exists():
         return anew
     try:
         model.load_state_dict(saved["model"])
         groups = zip(saved["optimizer"]["param_groups"], optimizer.param_groups)
         for group, own in groups:  # the run may have begun on another device
-            group |= {name: own[name] for name in ("fused", "capturable") if name in own}
+            group |= {name: own[name] for name in ("fused", "capturable", "foreach") if name in own}
+        _check_optimizer(saved["optimizer"], optimizer)
         optimizer.load_state_dict(saved["optimizer"])
     except MISFITS as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{run.checkpoint}: of another network ({one_line(error)}); delete it")
     return saved
+
+
+STATES = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+
+
+def _check_optimizer(saved, optimizer):
+    """Raise ValueError if an optimizer's saved state is not of its kind and its parameters' shapes,
+    which torch does not look at: its fast steps would write beyond the tensors' ends."""
+    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        kinds = [{name: type(value) for name, value in part.items()} for part in (group, own)]
+        if kinds[0] != kinds[1]:
+            raise ValueError("another optimizer's settings")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, state in saved["state"].items():
+        shapes = {tuple(t.shape) for t in state.values() if t is not None}
+        if not state.keys() <= STATES[type(optimizer)] or not shapes <= {(), weights[number].shape}:
+            raise ValueError("another optimizer's state")
 
 
 @contextlib.contextmanager
 def only_here(run):
     """Keep other processes from training `run` meanwhile. The lock goes with its process, though
     its empty file stays. Raises UserError if another process trains the run."""
-    path = run.checkpoint.with_suffix(".lock")
+    path = run.checkpoint.with_name(f"{run.checkpoint.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(path).acquire(timeout=0)
@@ -796,9 +856,12 @@ def best_checkpoint(folder, question, score, wanted=lambda saved: True):
     UserError if there is none."""
     found = []
     for path in sorted(folder.glob(f"{question}-*.pt")):
-        saved = load_checkpoint(path, mmap=True)
-        if wanted(saved):
-            found.append((saved["config"]["data"]["name"] != "sample", score(saved), path))
+        try:
+            saved = load_checkpoint(path, mmap=True)
+            if wanted(saved):
+                found.append((saved["config"]["data"]["name"] != "sample", score(saved), path))
+        except (UserError, *MISFITS) as error:
+            print(f"{path.name} is passed over ({one_line(error)})", file=sys.stderr)
     if not found:
         raise UserError(f"{folder}: no trained network there yet; train one first")
     return max(found)[-1]
@@ -923,9 +986,10 @@ def read_or_set_aside(path):
     """A run record; a broken one is renamed, with a line that says so, and {} takes its place."""
     try:
         return load_record(path)
-    except UserError as error:
+    except Damaged as error:
         aside = path.with_suffix(".broken")
-        os.replace(path, aside)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            os.replace(path, aside)
         print(f"{error}; set aside as {aside.name}", file=sys.stderr)
         return {}
 
@@ -1089,11 +1153,18 @@ def add_report_options(parser, dash):
     add(f"{dash}figure_format", help="file format of the report's figures", **formats)
 
 
-def check_report_options(parser, options, dash):
-    """End with one line where an option of the report's is given without it."""
-    for name in ("n_seeds", "only", "dry_run", "figure_format"):
-        if not options.report and getattr(options, name) != parser.get_default(name):
-            parser.error(f"{dash}{name} goes with {dash}report")
+def check_report_options(parser, options, dash, places):
+    """End with one line where an option of the report's is given without it, or another with it
+    that is not about `places`: the report trains systems of its own."""
+    own = "n_seeds", "only", "dry_run", "figure_format"
+    for action in parser._actions:
+        name = action.option_strings[0] if action.option_strings else action.dest
+        if getattr(options, action.dest, action.default) == action.default:
+            continue
+        if action.dest in own and not options.report:
+            parser.error(f"{name} goes with {dash}report")
+        if options.report and action.dest not in ("report", *own, *places):
+            parser.error(f"{dash}report trains systems of its own: it goes without {name}")
 
 
 def write_report(script, options):

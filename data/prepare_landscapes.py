@@ -43,7 +43,10 @@ def parse_options(argv=None):
     parser.add_argument("--seed", type=seed, default=42, help="seed of the validation split")
     drop = "leave out training pictures that stand twice, under two labels, or in the test set"
     parser.add_argument("--drop_duplicates", action="store_true", help=drop)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if not options.output.name or options.output.is_dir():
+        parser.error(f"--output {options.output} is a folder, not the name of a file")
+    return options
 
 
 # ----------------------------------------------------------------------------------------------
@@ -101,6 +104,8 @@ def read_pictures(found):
         name = f"{split}/{CLASSES[label]}/{name}"
         try:
             rows[split].append((utils.read_picture(io.BytesIO(read())), label, name))
+        except MemoryError:
+            raise
         except Exception:  # what unpacks and decodes damaged files raises whatever it likes
             broken.append(name)
     for split, found in rows.items():
@@ -223,7 +228,12 @@ def write_npz(path, splits):
     for split, (images, labels) in splits.items():
         arrays[f"{split}_images"] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
         arrays[f"{split}_labels"] = labels.numpy()
-    utils.write_file(path, lambda file: np.savez(file, **arrays))
+
+    def write(part):
+        with open(part, "wb") as file:  # given a name, savez would add an ending to it
+            np.savez(file, **arrays)
+
+    utils.write_file(path, write)
 
 
 def print_counts(splits):

@@ -10,7 +10,9 @@ spelling: all pronunciations of a word stand on one side. --keep makes more to t
 validation and test words of a split that is there already.
 """
 
+import argparse
 import collections
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,19 @@ URL = (
 )
 
 
+def _name(text):
+    if not re.fullmatch(r"\w+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name such as eng_latn_us_broad")
+    return text
+
+
 def parse_options(argv=None):
     """The command line as a namespace."""
     parser = utils.Parser(prog="python -m data.prepare_pronunciations", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--language", metavar="NAME", help="the WikiPron file to download")
+    source.add_argument(
+        "--language", type=_name, metavar="NAME", help="the WikiPron file to download"
+    )
     source.add_argument("--tsv", type=Path, metavar="FILE", help="a file of that form")
     parser.add_argument("--url", default=URL, help="where --language finds its file")
     size = utils.number(int, 1, 10**7)
@@ -46,6 +56,9 @@ def parse_options(argv=None):
     folder = "where the three files are written (default: data/)"
     parser.add_argument("--output_dir", type=Path, default=utils.ROOT / "data", help=folder)
     options = parser.parse_args(argv)
+    outputs = [options.output_dir / f"{split}.tsv" for split in ("train", "valid", "test")]
+    if options.tsv and options.tsv.resolve() in [path.resolve() for path in outputs]:
+        parser.error(f"--tsv {options.tsv} would be overwritten; give another --output_dir")
     if options.keep and (options.valid or options.test):
         parser.error("--keep keeps the validation and test pairs: neither --valid nor --test")
     if options.keep and options.keep.resolve() == options.output_dir.resolve():
@@ -88,6 +101,21 @@ def split_beside(pairs, folder, size, seed):
     return splits | split_by_spelling(left, {"train": size}, seed)
 
 
+def write_splits(folder, splits):
+    """Write the three files, all before any takes its name: old and new ones must not mix."""
+    parts = {split: folder / f".{split}.part.tsv" for split in ("train", "valid", "test")}
+    try:
+        for split, part in parts.items():
+            lines = "".join(f"{phonemes}\t{spelling}\n" for phonemes, spelling in splits[split])
+            utils.write_file(part, lambda file, text=lines: file.write_bytes(text.encode()))
+        for split, part in parts.items():
+            part.replace(folder / f"{split}.tsv")
+            print(f"Wrote {len(splits[split]):,} pairs to {folder / f'{split}.tsv'}")
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
 def main(argv=None):
     """Do what the command line asks for."""
     options = parse_options(argv)
@@ -103,11 +131,7 @@ def main(argv=None):
         test, valid = options.test or 1000, options.valid or 1000
         sizes = {"test": test, "valid": valid, "train": options.train}
         splits = split_by_spelling(pairs, sizes, options.seed)
-    for split in reversed(splits):
-        lines = "".join(f"{phonemes}\t{spelling}\n" for phonemes, spelling in splits[split])
-        file = options.output_dir / f"{split}.tsv"
-        utils.write_file(file, lambda part, text=lines: part.write_bytes(text.encode()))
-        print(f"Wrote {len(splits[split]):,} pairs to {file}")
+    write_splits(options.output_dir, splits)
 
 
 if __name__ == "__main__":

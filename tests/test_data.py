@@ -371,7 +371,9 @@ def test_more_to_train_on_for_the_same_test_words(tmp_path):
     few = prepare_words(tmp_path / "few", "--tsv", tmp_path / "all.tsv")
     (tmp_path / "few" / "valid.tsv").write_text("w ɜ x\tword of another list\n")
     argv = ["--tsv", tmp_path / "all.tsv", "--keep", tmp_path / "few", "--train", "all"]
-    data = prepare_words(tmp_path / "more", *argv)
+    argv += ["--output_dir", tmp_path / "more"]
+    prepare_pronunciations.main(list(map(str, argv)))
+    data = utils.load_pronunciations(tmp_path / "more")
     assert data.splits["test"] == few.splits["test"]
     assert data.splits["val"] == [(("w", "ɜ", "x"), "word of another list")]
     tested = {word for _, word in few.splits["test"]}
@@ -402,7 +404,8 @@ BAD_LISTS = {
     "no file": (["--tsv", "none.tsv"], "no such file"),
     "no source": ([], "required"),
     "two sources": (["--tsv", "x", "--language", "y"], "not allowed"),
-    "nothing to keep": (["--tsv", "{all}", "--keep", "none"], "test.tsv: no such file"),
+    "sizes of what is kept": (["--tsv", "{all}", "--keep", "x"], "neither --valid nor --test"),
+    "no name": (["--language", ""], "is no name"),
     "no size": (["--tsv", "{all}", "--valid", 0], "--valid"),
     "size in words": (["--tsv", "{all}", "--train", "most"], "--train"),
     "no server": (["--language", "x", "--url", "http://127.0.0.1:9/x"], "127.0.0.1"),
@@ -416,6 +419,45 @@ def test_bad_lists_of_words(argv, message, tmp_path, fails):
     argv = [str(word).format(all=tmp_path / "all.tsv") for word in (*sizes, *argv)]
     assert message in fails(prepare_pronunciations.main, argv)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_lists_that_would_overwrite_what_they_are_made_of(tmp_path, fails):
+    write_wikipron(tmp_path / "train.tsv")
+    before = (tmp_path / "train.tsv").read_bytes()
+    argv = ["--tsv", tmp_path / "train.tsv", "--output_dir", tmp_path]
+    assert "would be overwritten" in fails(prepare_pronunciations.main, argv)
+    argv = ["--tsv", tmp_path / "all.tsv", "--keep", tmp_path, "--output_dir", tmp_path]
+    assert "--keep needs another folder" in fails(prepare_pronunciations.main, argv)
+    argv = ["--tsv", tmp_path / "train.tsv", "--keep", "none", "--output_dir", tmp_path / "x"]
+    assert "test.tsv: no such file" in fails(prepare_pronunciations.main, argv)
+    assert (tmp_path / "train.tsv").read_bytes() == before
+
+
+def test_the_three_lists_take_their_names_together(tmp_path, monkeypatch):
+    """A disk that is full at the last of them leaves the earlier ones."""
+    write_wikipron(tmp_path / "all.tsv")
+    prepare_words(tmp_path / "out", "--tsv", tmp_path / "all.tsv")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    real, written = utils.write_file, []
+
+    def write_file(path, write):
+        written.append(path)
+        if len(written) == 3:
+            raise utils.UserError("the disk is full")
+        real(path, write)
+
+    monkeypatch.setattr(utils, "write_file", write_file)
+    with pytest.raises(utils.UserError, match="full"):
+        prepare_words(tmp_path / "out", "--tsv", tmp_path / "all.tsv", "--seed", 1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("output", [".", "", "data"])
+def test_photographs_need_the_name_of_a_file(output, fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    argv = ["--archive", "x.zip", "--output", output]
+    assert "is a folder, not the name of a file" in fails(prepare_landscapes.main, argv)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import errno
 import io
 import os
 import re
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -155,6 +157,108 @@ def test_checkpoints_of_other_runs_and_networks(scripts, tmp_path, fails):
             assert path.read_bytes() == before
 
 
+def test_optimizers_that_would_write_beyond_their_tensors(scripts, tmp_path, fails):
+    """torch loads such states without a look, and its fast steps corrupt the memory."""
+    main, argv = scripts["q3"]
+    main(argv)
+    (path,) = tmp_path.glob("out/checkpoints/*.pt")
+    saved = utils.load_checkpoint(path) | {"finished": False}
+    state, [group] = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+    spoiled = [
+        {"state": state | {1: state[1] | {"exp_avg": torch.zeros(3)}}},
+        {"state": state | {1: state[1] | {"another": torch.zeros(())}}},
+        {"state": state | {99: state[1]}},
+        {"param_groups": [group | {"lr": "much"}]},
+        {"param_groups": [{k: v for k, v in group.items() if k != "betas"}]},
+        {"param_groups": []},
+    ]
+    for change in spoiled:
+        utils.save_checkpoint(path, **saved | {"optimizer": saved["optimizer"] | change})
+        assert "of another network" in fails(main, argv)
+
+
+def test_a_lost_record_costs_no_training(scripts, tmp_path, capsys):
+    main, argv = scripts["q2"]
+    main(argv)
+    (path,) = tmp_path.glob("out/figures/runs/*")
+    before = utils.load_record(path)
+    path.unlink()
+    capsys.readouterr()
+    main(argv)
+    assert "Going on after epoch 2" in capsys.readouterr().out
+    assert utils.load_record(path)["final"] == before["final"]
+
+
+def test_a_record_that_cannot_be_read_just_now_is_not_set_aside(tmp_path, monkeypatch):
+    utils.save_record(tmp_path / "r.json", {"config": CONFIG})
+
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "read_bytes", fail)
+        with pytest.raises(UserError, match="cannot be read"):
+            utils.read_or_set_aside(tmp_path / "r.json")
+    assert utils.read_or_set_aside(tmp_path / "r.json") == {"config": CONFIG}
+
+
+def test_checkpoints_that_are_none_are_passed_over(scripts, tmp_path, capsys):
+    """By the choice of the best, and refused where they are asked for by name."""
+    main, argv = scripts["q3"]
+    main(argv)
+    (path,) = tmp_path.glob("out/checkpoints/*.pt")
+    saved, config = utils.load_checkpoint(path), utils.load_checkpoint(path)["config"]
+    changes = {
+        "columns": {"history": {}},
+        "words": {"seconds": ["x", "y"]},
+        "options": {"config": config | {"options": config["options"] | {"layers": 2**70}}},
+        "symbols": {"symbols": {"source": [1, 2], "target": []}},
+        "bytes": {},
+    }
+    for name, change in changes.items():
+        odd = path.with_name(f"q3-{name}.pt")
+        utils.save_checkpoint(odd, **saved | change)
+        if name == "bytes":
+            odd.write_bytes(b"PK")
+        else:
+            with pytest.raises(UserError, match=name):
+                hw2_q3.load_speller(odd, "cpu")
+        if name in ("options", "symbols"):
+            odd.unlink()  # their scores are as good as the others'
+    capsys.readouterr()
+    main(["spell", "k æ t", "--output_dir", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert out.startswith("k æ t\t")
+    assert err.count("is passed over") == 3
+    assert f"Model: {path}" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, as Linux has it")
+def test_output_to_a_full_disk():
+    """As `python hw2_q2.py -count_params > /dev/full`."""
+    command = [sys.executable, "hw2_q2.py", "-count_params"]
+    with open("/dev/full", "w") as full:
+        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, cwd=utils.ROOT, **pipes)
+    assert done.returncode == 2
+    assert re.fullmatch(r"hw2_q2.py: error: .*No space left on device\n", done.stderr)
+
+
+def test_messages_are_one_line_that_no_terminal_obeys():
+    text = str(UserError("a\nb \x1b[31m \u202e" + "c" * 1000))
+    assert text.isprintable()
+    assert len(text) == 500
+    assert text.startswith(r"a\nb \x1b[31m \u202e")
+
+
+def test_symbols_that_look_like_mathematics(scripts, tmp_path):
+    """matplotlib would read what stands between two dollar signs, and fail."""
+    main, argv = scripts["q3"]
+    (tmp_path / "words" / "test.tsv").write_text("k $\\bad$ t\tc$\\a$t\n", encoding="utf-8")
+    main(argv)
+    assert list(tmp_path.glob("out/figures/q3-*/attention.png"))
+
+
 def test_flipped_bits(scripts, tmp_path, fails):
     """In a checkpoint's weights, where torch itself sees nothing, and in a record's digits."""
     main, argv = scripts["q3"]
@@ -269,3 +373,18 @@ def test_shortened_names_are_unknown(main, words, fails):
 def test_options_of_the_report_need_it(dash, words, fails):
     main = {"-": hw2_q2.main, "--": hw2_q3.main}[dash]
     assert f"goes with {dash}report" in fails(main, f"{dash}{words}".split())
+
+
+@pytest.mark.parametrize(
+    ("main", "line"),
+    [
+        (hw2_q2.main, "-report -epochs 1"),
+        (hw2_q2.main, "-report -predict x.jpg"),
+        (hw2_q2.main, "-report -recipe best"),
+        (hw2_q3.main, "--report --direction g2p"),
+        (hw2_q3.main, "test --report"),
+        (hw2_q3.main, "spell x --report"),
+    ],
+)
+def test_the_report_trains_systems_of_its_own(main, line, fails):
+    assert "trains systems of its own" in fails(main, line.split())
