@@ -11,6 +11,7 @@ spelling | main
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
@@ -1331,7 +1332,9 @@ def choose_speller(options, device):
 def spell(options, device):
     """Spell the IPA of the arguments, of --input, of standard input, or typed at a prompt."""
     if options.ensemble:
-        speller, note = load_ensemble(options, load_data(options), device), "the ensemble"
+        with contextlib.redirect_stdout(sys.stderr):  # the answers alone go to the output
+            data = load_data(options)
+        speller, note = load_ensemble(options, data, device), "the ensemble"
     else:
         speller, note = choose_speller(options, device)
     asked = not (options.ipa or options.input) and sys.stdin.isatty()

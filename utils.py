@@ -1183,6 +1183,8 @@ def write_report(script, options):
     if options.dry_run:
         _list_missing(script, missing, found.values())
         return
+    if (folder / "README.md").exists():
+        _around(folder / "README.md", script.QUESTION)  # before hours of training
     if missing:
         _train_missing(script, missing, found, options)
         found = _read_records(folder / "runs", script.QUESTION, known)
@@ -1261,7 +1263,8 @@ def _train_missing(script, missing, found, options):
 def write_part(path, part, fields, ending="png"):
     """Write the report's `part`: the template's text between its markers, with {{name}} replaced by
     fields[name], and {{name: caption}} by a figure, which is saved beside `path` as `ending`; all
-    else in the file stays. A new file begins as the template, fields empty."""
+    else in the file stays. A new file begins as the template, fields empty. Other processes wait.
+    """
 
     def fill(match):
         name, _, caption = match[1].partition(": ")
@@ -1272,16 +1275,26 @@ def write_part(path, part, fields, ending="png"):
             return f"![{caption}]({file})\n\n*{caption}*"
         return NOT_TRAINED if value is None else value
 
-    template = TEMPLATE.read_text(encoding="utf-8")
-    text = path.read_text(encoding="utf-8") if path.exists() else template
+    filled = re.sub(r"{{(.*?)}}", fill, _around(TEMPLATE, part)[1], flags=re.DOTALL)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.part.lock"), timeout=60):
+        before, _, behind = _around(path if path.exists() else TEMPLATE, part)
+        text = before + filled + behind
+        write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def _around(path, part):
+    """What stands before, between and behind the markers of the report's `part`, these included
+    outside. Raises UserError."""
     begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
-    source = template.split(begin)[1].split(end)[0]
-    filled = re.sub(r"{{(.*?)}}", fill, source, flags=re.DOTALL)
-    before, _, rest = text.partition(begin)
-    if end not in rest:
+    try:
+        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)})")
+    between, found, behind = rest.partition(end)
+    if not found:
         raise UserError(f"{path}: has no {begin} ... {end}; delete it, and it is made anew")
-    text = before + begin + filled + end + rest.partition(end)[2]
-    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    return before + begin, between, end + behind
 
 
 def markdown_table(head, rows, text=1):

@@ -257,6 +257,19 @@ def test_a_report_without_its_markers_is_left_alone(committed, fails):
     assert path.read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["bytes", "folder"])
+def test_a_report_that_cannot_be_read_is_named_before_any_training(committed, fails, content):
+    path = committed / "figures" / "README.md"
+    if content:
+        path.write_bytes(content)
+    else:
+        path.mkdir()
+    for record in (committed / "figures" / "runs").glob("q2-*"):
+        record.unlink()
+    argv = ["-report", "-data_path", "no such data", "-output_dir", committed]
+    assert "README.md: cannot be read" in fails(hw2_q2.main, argv)
+
+
 def test_a_broken_record_is_set_aside(committed, capsys):
     broken = sorted((committed / "figures" / "runs").glob("q3-*"))[0]
     broken.write_text('{"config": ', encoding="utf-8")
