@@ -1159,7 +1159,7 @@ def check_report_options(parser, options, dash, places):
     own = "n_seeds", "only", "dry_run", "figure_format"
     for action in parser._actions:
         name = action.option_strings[0] if action.option_strings else action.dest
-        if getattr(options, action.dest, action.default) == action.default:
+        if getattr(options, action.dest, action.default) in (action.default, []):
             continue
         if action.dest in own and not options.report:
             parser.error(f"{name} goes with {dash}report")
