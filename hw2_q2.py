@@ -294,7 +294,8 @@ class Classifier(nn.Module):
             x = (x - self.mean) / self.deviation
         with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
             x = self.convs(x)  # (B, C, H, W)
-        return F.log_softmax(self.scores(x.float()), dim=1)  # (B, 6)
+        x = x.float() if x.dtype == torch.bfloat16 else x
+        return F.log_softmax(self.scores(x), dim=1)  # (B, 6)
 
 
 class CNN(Classifier):
