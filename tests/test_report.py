@@ -460,10 +460,9 @@ def test_what_would_be_trained(tmp_path, capsys, argv, runs):
 
 def test_how_long_training_would_take(tmp_path, capsys):
     """One run of 40 epochs of an hour each is there; of the same network two more are missing."""
-    [path] = (utils.ROOT / "figures" / "runs").glob("q2-plain-flatten-lr0.01-seed1-*")
-    record = utils.load_record(path)
+    record = runs_of(hw2_q2, "plain, rate 0.01")[0]
     record["measured"]["seconds"] = [3600.0] * 40
-    utils.save_record(tmp_path / "figures" / "runs" / path.name, record)
+    utils.save_record(tmp_path / "figures" / "runs" / "q2-one.json", record)
     argv = "-report", "-only", "plain, rate 0.01", "-dry_run", "-output_dir", str(tmp_path)
     hw2_q2.main(list(argv))
     hours = 80 / len(utils.cores())
