@@ -47,6 +47,7 @@ LATER_OPTIONS = {
 }  # fmt: skip
 # What is done where the command line does not say: (without batch norm, with it).
 BY_NORM = {"head": ("flatten", "gap"), "last_batch": ("keep", "join")}
+CNN_OPTIONS = {"batch_norm": True, "head": "gap", "pool": "max", "kernel_size": 3, "convs": 1}
 RECIPES = {  # what -recipe says where the command line does not
     "report": {},
     "best": {
@@ -77,64 +78,21 @@ AT_TEST = {
 
 def parse_options(argv=None):
     """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
-    recipe = make_parser().parse_args(argv).recipe
-    parser = make_parser(recipe)
-    return _settle(parser, parser.parse_args(argv))
+    parser = make_parser()
+    return _settle(parser, utils.parse_with_recipe(parser, RECIPES, argv))
 
 
-def make_parser(recipe="report"):
-    """The parser of the command line, its defaults those of a recipe."""
+SHARE = utils.number(float, 0, 1, high_open=True)
+
+
+def make_parser():
+    """The parser of the command line, its defaults those of the report's recipe."""
     parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
-    whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
-    decay, share = utils.number(float, 0, 10**3), utils.number(float, 0, 1, high_open=True)
-
-    add = parser.add_argument_group("training").add_argument
-    choice = add("-recipe", choices=RECIPES, default="report")
-    several = {"nargs": "+", "action": utils.OneOrMore}
-    rate = "step size; several: a run for each, side by side"
-    add("-learning_rate", type=real, default=0.01, help=rate, **several)
-    add("-epochs", type=whole, default=40, help="passes over the training pictures")
-    add("-batch_size", type=whole, default=8, help="pictures a step")
-    last = "an epoch's last batch, if less than half full: keep it, or join it to the one before, "
-    last += "as always where it is one picture (default: join with batch norm, or else keep)"
-    add("-last_batch", choices=("keep", "join"), help=last)
-    add("-l2_decay", type=decay, default=0.0, help="weight decay")
-    add("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
-    add("-momentum", type=share, default=0.0, help="Nesterov's, for sgd")
-    schedule = "the learning rate: as it is, or up to it and down to 0, once"
-    add("-schedule", choices=("constant", "one_cycle"), default="constant", help=schedule)
-    smooth = "share of a picture's label that is spread over all classes"
-    add("-label_smoothing", type=share, default=0.0, help=smooth)
-    precision = "of the convolutions; bfloat16 is fast where the processor has it"
-    add("-precision", choices=("float32", "bfloat16"), default="float32", help=precision)
-
-    add = parser.add_argument_group("network").add_argument
-    model = "the report's network, or a residual one, to which only -dropout of these applies"
-    add("-model", choices=("cnn", "resnet"), default="cnn", help=model)
-    add("-dropout", type=share, default=0.1, help="share of the units dropped")
-    no_norm = "the plain network: no batch norm, and a flattened head unless -head says otherwise"
-    add("-no_batch_norm", dest="batch_norm", action="store_false", help=no_norm)
-    head = "what the linear layers see: the map's mean or all of it (default: gap with batch norm)"
-    add("-head", choices=("gap", "flatten"), help=head)
-    pool = "what halves a block's map: max or average pooling, a convolution of stride 2, nothing"
-    add("-pool", choices=("max", "avg", "stride", "none"), default="max", help=pool)
-    add("-no_maxpool", action="store_true", help="the course's name for -pool stride")
-    kernel = f"in pixels; {SIZE}: one convolution over the whole picture instead of three blocks"
-    add("-kernel_size", type=int, choices=(*range(1, 12, 2), SIZE), default=3, help=kernel)
-    add("-convs", type=utils.number(int, 1, 4), default=1, help="convolutions a block")
-
-    add = parser.add_argument_group("pictures").add_argument
-    where = "an .npz file (default: data/intel_landscapes.v2.npz, or else a built-in sample)"
-    add("-data_path", type=Path, metavar="FILE", help=where)
-    scramble = "reorder the pixels as the course's loader did by mistake"
-    add("-scramble_pixels", action="store_true", help=scramble)
-    some = {"nargs": "*", "default": [], "metavar": "NAME"}
-    augment = f"random changes of the training pictures, some of: {', '.join(AUGMENTATIONS)}"
-    add("-augment", choices=AUGMENTATIONS, help=augment, **some)
-    pixels = "their values: 0 to 1, or with the mean 0 and the variance 1 of ImageNet's pictures"
-    add("-pixels", choices=("unit", "normalized"), default="unit", help=pixels)
-    at_test = "; ".join(f"{name}: {what}" for name, what in AT_TEST.items())
-    add("-at_test", choices=AT_TEST, help=at_test, **some)
+    training = parser.add_argument_group("training")
+    _add_training_options(training.add_argument)
+    utils.add_recipe_options(training, "-", RECIPES)
+    _add_network_options(parser.add_argument_group("network").add_argument)
+    _add_picture_options(parser.add_argument_group("pictures").add_argument)
     utils.add_machine_options(parser, "-")
     utils.add_report_options(parser, "-")
 
@@ -146,10 +104,55 @@ def make_parser(recipe="report"):
     checkpoint = "the network for -predict (default: the one with the best validation accuracy)"
     add("-checkpoint", type=Path, metavar="FILE", help=checkpoint)
     add("-json", action="store_true", help="print the answer of -predict as JSON")
-    best = " ".join(parser.arguments(RECIPES["best"]))
-    choice.help = f"the report's training, or one meant to be better: {best}"
-    parser.set_defaults(**RECIPES[recipe])
     return parser
+
+
+def _add_training_options(add):
+    whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
+    decay = utils.number(float, 0, 10**3)
+    several = {"nargs": "+", "action": utils.OneOrMore}
+    rate = "step size; several: a run for each, side by side"
+    add("-learning_rate", type=real, default=0.01, help=rate, **several)
+    add("-epochs", type=whole, default=40, help="passes over the training pictures")
+    add("-batch_size", type=whole, default=8, help="pictures a step")
+    last = "an epoch's last batch, if less than half full: keep it, or join it to the one before, "
+    last += "as always where it is one picture (default: join with batch norm, or else keep)"
+    add("-last_batch", choices=("keep", "join"), help=last)
+    add("-l2_decay", type=decay, default=0.0, help="weight decay")
+    add("-optimizer", choices=("sgd", "adam"), default="sgd", help="update rule")
+    add("-momentum", type=SHARE, default=0.0, help="Nesterov's, for sgd")
+    precision = "of the convolutions; bfloat16 is fast where the processor has it"
+    add("-precision", choices=("float32", "bfloat16"), default="float32", help=precision)
+
+
+def _add_network_options(add):
+    model = "the report's network, or a residual one, to which only -dropout of these applies"
+    add("-model", choices=("cnn", "resnet"), default="cnn", help=model)
+    add("-dropout", type=SHARE, default=0.1, help="share of the units dropped")
+    no_norm = "the plain network: no batch norm, and a flattened head unless -head says otherwise"
+    add("-no_batch_norm", dest="batch_norm", action="store_false", help=no_norm)
+    head = "what the linear layers see: the map's mean or all of it (default: gap with batch norm)"
+    add("-head", choices=("gap", "flatten"), help=head)
+    pool = "what halves a block's map: max or average pooling, a convolution of stride 2, nothing"
+    add("-pool", choices=("max", "avg", "stride", "none"), default="max", help=pool)
+    add("-no_maxpool", action="store_true", help="the course's name for -pool stride")
+    kernel = f"in pixels; {SIZE}: one convolution over the whole picture instead of three blocks"
+    add("-kernel_size", type=int, choices=(*range(1, 12, 2), SIZE), default=3, help=kernel)
+    add("-convs", type=utils.number(int, 1, 4), default=1, help="convolutions a block")
+
+
+def _add_picture_options(add):
+    where = "an .npz file (default: data/intel_landscapes.v2.npz, or else a built-in sample)"
+    add("-data_path", type=Path, metavar="FILE", help=where)
+    scramble = "reorder the pixels as the course's loader did by mistake"
+    add("-scramble_pixels", action="store_true", help=scramble)
+    some = {"nargs": "*", "default": [], "metavar": "NAME"}
+    augment = f"random changes of the training pictures, some of: {', '.join(AUGMENTATIONS)}"
+    add("-augment", choices=AUGMENTATIONS, help=augment, **some)
+    pixels = "their values: 0 to 1, or with the mean 0 and the variance 1 of ImageNet's pictures"
+    add("-pixels", choices=("unit", "normalized"), default="unit", help=pixels)
+    at_test = "; ".join(f"{name}: {what}" for name, what in AT_TEST.items())
+    add("-at_test", choices=AT_TEST, help=at_test, **some)
 
 
 def _settle(parser, options):
@@ -167,9 +170,8 @@ def _settle(parser, options):
         setattr(options, name, getattr(options, name) or usual[options.batch_norm])
     for name, order in (("augment", AUGMENTATIONS), ("at_test", AT_TEST)):  # one name a run
         setattr(options, name, [word for word in order if word in getattr(options, name)])
-    shape = "batch_norm", "head", "pool", "kernel_size", "convs"
     if options.model == "resnet" and any(
-        getattr(options, name) != usual for name, usual in zip(shape, (True, "gap", "max", 3, 1))
+        getattr(options, name) != usual for name, usual in CNN_OPTIONS.items()
     ):
         parser.error("-model resnet has its own shape; of the network's options only -dropout fits")
     if options.scramble_pixels and (options.augment or "mirror" in options.at_test):
@@ -192,8 +194,7 @@ def _settle(parser, options):
 
 def run_options(options):
     """Those of a namespace that can change a run's result, as a dictionary."""
-    later = [name for name, before in LATER_OPTIONS.items() if getattr(options, name) != before]
-    return {name: getattr(options, name) for name in (*RUN_OPTIONS, *later)}
+    return utils.chosen_options(options, RUN_OPTIONS, LATER_OPTIONS)
 
 
 def command(options):
@@ -394,11 +395,7 @@ def build_model(options):
     """The network that the options (a namespace or a record's dictionary) describe."""
     options = options if isinstance(options, dict) else vars(options)
     options = LATER_OPTIONS | options
-    kinds = {
-        "cnn": (CNN, ("batch_norm", "head", "pool", "kernel_size", "convs")),
-        "resnet": (ResNet, ()),
-    }
-    kind, names = kinds[options["model"]]
+    kind, names = {"cnn": (CNN, CNN_OPTIONS), "resnet": (ResNet, ())}[options["model"]]
     chosen = {name: options[name] for name in (*names, "dropout", "pixels", "precision")}
     model = kind(**chosen, mirror="mirror" in options["at_test"])
     return model.to(memory_format=torch.channels_last)

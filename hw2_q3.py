@@ -65,23 +65,30 @@ RECIPES = {  # what --recipe says where the command line does not
 
 def parse_options(argv=None):
     """The command line as a namespace. Ends with one line and status 2 if it is wrong."""
-    recipe = make_parser().parse_args(argv).recipe
-    parser = make_parser(recipe)
-    return _settle(parser, parser.parse_args(argv))
+    parser = make_parser()
+    return _settle(parser, utils.parse_with_recipe(parser, RECIPES, argv))
 
 
-def make_parser(recipe="report"):
-    """The parser of the command line, its defaults those of a recipe."""
+def make_parser():
+    """The parser of the command line, its defaults those of the report's recipe."""
     parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
-    whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
-    share = utils.number(float, 0, 1, high_open=True)
     modes = "only train, only test what was trained, or spell IPA (default: train, then test)"
     parser.add_argument("mode", nargs="?", choices=("train", "test", "spell"), help=modes)
     ipa = "for spell: phonemes, separated by spaces within one argument"
     parser.add_argument("ipa", nargs="*", metavar="IPA", help=ipa)
 
-    add = parser.add_argument_group("training").add_argument
-    choice = add("--recipe", choices=RECIPES, default="report")
+    training = parser.add_argument_group("training")
+    _add_training_options(training.add_argument)
+    utils.add_recipe_options(training, "--", RECIPES)
+    _add_decoding_options(parser.add_argument_group("decoding").add_argument)
+    utils.add_machine_options(parser, "--")
+    utils.add_report_options(parser, "--")
+    return parser
+
+
+def _add_training_options(add):
+    whole, real = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
+    share = utils.number(float, 0, 1, high_open=True)
     add("--n_epochs", type=whole, default=20, help="passes over the training words")
     add("--batch_size", type=whole, default=64, help="words a step")
     several = {"nargs": "+", "action": utils.OneOrMore}
@@ -94,10 +101,6 @@ def make_parser(recipe="report"):
     add("--use_attn", action="store_true", help="Bahdanau attention over the phonemes")
     feeding = "the decoder also reads what attention made of its last step; slower"
     add("--input_feeding", action="store_true", help=feeding)
-    schedule = "the learning rate: as it is, or up to it and down to 0, once"
-    add("--schedule", choices=("constant", "one_cycle"), default="constant", help=schedule)
-    smooth = "share of a letter's label that is spread over all letters"
-    add("--label_smoothing", type=share, default=0.0, help=smooth)
     add("--clip", type=real, help="greatest norm of a step's gradient (default: any)")
     direction = "spell what is heard (p2g), or pronounce what is written (g2p)"
     add("--direction", choices=("p2g", "g2p"), default="p2g", help=direction)
@@ -106,7 +109,8 @@ def make_parser(recipe="report"):
     name = "the checkpoint's file (default: made of the options; for spell: the best one)"
     add("--checkpoint_name", type=Path, metavar="FILE", help=name)
 
-    add = parser.add_argument_group("decoding").add_argument
+
+def _add_decoding_options(add):
     add("--nucleus", action="store_true", help="also sample from the nucleus (top-p)")
     p = utils.number(float, 0, 1, low_open=True)
     add("--topp", type=p, help="the nucleus's probability, implies --nucleus (default: 0.8)")
@@ -119,12 +123,6 @@ def make_parser(recipe="report"):
     add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN, help="longest spelling")
     file = "for spell: a file with IPA on each line, or - for standard input"
     add("--input", metavar="FILE", help=file)
-    utils.add_machine_options(parser, "--")
-    utils.add_report_options(parser, "--")
-    best = " ".join(parser.arguments(RECIPES["best"]))
-    choice.help = f"the report's training, or one meant to be better: {best}"
-    parser.set_defaults(**RECIPES[recipe])
-    return parser
 
 
 def _settle(parser, options):
@@ -151,8 +149,7 @@ def _settle(parser, options):
 
 def run_options(options):
     """Those of a namespace that can change a training's result, as a dictionary."""
-    later = [name for name, before in LATER_OPTIONS.items() if getattr(options, name) != before]
-    return {name: getattr(options, name) for name in (*RUN_OPTIONS, *later)}
+    return utils.chosen_options(options, RUN_OPTIONS, LATER_OPTIONS)
 
 
 def command(options):

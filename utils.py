@@ -190,6 +190,38 @@ def add_machine_options(parser, dash):
     group.add_argument(f"{dash}output_dir", type=Path, default=ROOT, help=folder)
 
 
+def add_recipe_options(group, dash, recipes):
+    """Add what both scripts ask about trainings beyond the report's. recipes: {name: {option: its
+    default}}, the first without any."""
+    _, best = recipes
+    words = []
+    for name, value in recipes[best].items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"{dash}{name}", *(str(v) for v in values if v is not True)]
+    recipe = f"the report's training, or one meant to be better: {' '.join(words)}"
+    group.add_argument(f"{dash}recipe", choices=recipes, default="report", help=recipe)
+    schedule = "the learning rate: as it is, or up to it and down to 0, once"
+    kinds = {"choices": ("constant", "one_cycle"), "default": "constant"}
+    group.add_argument(f"{dash}schedule", help=schedule, **kinds)
+    smooth = "share of a label that is spread over all that there are"
+    share = number(float, 0, 1, high_open=True)
+    group.add_argument(f"{dash}label_smoothing", type=share, default=0.0, help=smooth)
+
+
+def parse_with_recipe(parser, recipes, argv):
+    """The command line as a namespace, what it leaves open as the recipe says that it names."""
+    recipe = parser.parse_args(argv).recipe
+    parser.set_defaults(**recipes[recipe])
+    return parser.parse_args(argv)
+
+
+def chosen_options(options, names, later):
+    """A namespace's options called `names`, and those of `later`, {name: usual value}, that say
+    something else, as a dictionary."""
+    unusual = [name for name, usual in later.items() if getattr(options, name) != usual]
+    return {name: getattr(options, name) for name in (*names, *unusual)}
+
+
 def run_script(main):
     """Run `main()`; what a user can mend or asked for ends with one line and status 2 or 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as tidily as by Ctrl-C
