@@ -455,19 +455,30 @@ def print_parameters(options):
         print("\n".join(textwrap.wrap(explain_totals(), 100)))
 
 
+def totals():
+    """{network: (its parameters, the output layer's, those of batch norms that it does not have)}:
+    what the original report's totals are made of."""
+    counts = {
+        title: {name: n for name, _, _, n in parameter_table(CNN(batch_norm=norm, head=head))}
+        for title, norm, head in NETWORKS
+    }
+    norms = {
+        title: sum(n for name, n in layers.items() if "norm" in name)
+        for title, layers in counts.items()
+    }
+    return {
+        title: (sum(layers.values()), layers["fc3"], max(norms.values()) - norms[title])
+        for title, layers in counts.items()
+    }
+
+
 def explain_totals():
     """How the original report came to its two totals of parameters."""
-    plain, variant = (
-        {name: count for name, _, _, count in parameter_table(CNN(batch_norm=norm, head=head))}
-        for _, norm, head in NETWORKS
-    )
-    output, norms = variant["fc3"], sum(n for name, n in variant.items() if "norm" in name)
-    totals = sum(plain.values()), sum(variant.values())
+    (plain, output, norms), (variant, _, _) = totals().values()
     without = f"without the output layer's {output:,}"
-    wrong = totals[0] + norms - output
     return (
-        f"The report's {totals[1] - output:,} is {totals[1]:,} {without}. "
-        f"The report's {wrong:,} is {totals[0]:,} {without} and with {norms:,} "
+        f"The report's {variant - output:,} is {variant:,} {without}. "
+        f"The report's {plain + norms - output:,} is {plain:,} {without} and with {norms:,} "
         "batch-norm parameters that the plain network does not have."
     )
 
@@ -1122,17 +1133,11 @@ def moved_table(records):
 
 
 def totals_table():
-    """How the original report came to its two totals: it left out the output layer, and counted
-    batch norms that the plain network does not have."""
-    counts = {
-        title: {name: n for name, _, _, n in parameter_table(CNN(batch_norm=norm, head=head))}
-        for title, norm, head in NETWORKS
-    }
+    """How the original report came to its two totals of parameters, as a table."""
     rows = []
-    norms = sum(n for name, n in counts[NETWORKS[1][0]].items() if "norm" in name)
-    for title, norm, _ in NETWORKS:
-        parts = sum(counts[title].values()), -counts[title]["fc3"], 0 if norm else norms
-        rows.append([title, *(f"{n:,}" for n in (*parts, sum(parts), REPORTED_TOTALS[title]))])
+    for title, (count, output, norms) in totals().items():
+        numbers = count, -output, norms, count - output + norms, REPORTED_TOTALS[title]
+        rows.append([title, *(f"{number:,}" for number in numbers)])
     head = "network", "trainable parameters", "output layer", "batch norm that is not there"
     return utils.markdown_table((*head, "sum", "report"), rows)
 
@@ -1200,7 +1205,7 @@ def draw_overfitting(records):
     if not labels:
         return None
     rows = math.ceil(len(labels) / 2)
-    fig, panels = utils.figure(5.0, 0.6 + 1.8 * rows, rows, 2, sharey=True, squeeze=False)
+    fig, panels = utils.figure(5.0, 0.6 + 1.9 * rows, rows, 2, sharey=True, squeeze=False)
     for axes in panels.flat[len(labels) :]:
         axes.axis("off")
     for axes, label in zip(panels.flat, labels):
@@ -1209,7 +1214,7 @@ def draw_overfitting(records):
         for (column, name, line), color in zip(looks, (utils.VERMILION, utils.BLUE)):
             runs = [history[column] for history in histories]
             utils.plot_bands(axes, runs, name, color=color, linestyle=line)
-        axes.set_title(utils.with_seeds(label, runs))
+        axes.set_title(utils.with_seeds(label, runs).replace(" (", "\n("))  # or neighbours meet
     fig.supxlabel("Epoch", fontsize=9)
     fig.supylabel("Accuracy", fontsize=9)
     utils.legend_above(fig, panels[0][0])
