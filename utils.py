@@ -940,8 +940,21 @@ def measured(device, seconds):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _commit():
+    """The commit of the code, '-dirty' behind it where it was changed since; None without one."""
+    if not (ROOT / ".git").exists():  # a folder above this may have commits of its own
+        return None
+    command = "git", "describe", "--always", "--exclude=*", "--dirty"
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _peak_memory():

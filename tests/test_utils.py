@@ -4,6 +4,8 @@ import argparse
 import io
 import math
 import pickle
+import shutil
+import subprocess
 import sys
 import time
 import zipfile
@@ -337,6 +339,32 @@ def test_a_run_goes_on_on_another_device(tmp_path):
     [group] = other.param_groups
     assert (group["lr"], group["capturable"], group["fused"]) == (0.5, True, None)
     assert other.state[model.weight]["exp_avg"].abs().sum() > 0
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_run_says_which_code_made_it(tmp_path, monkeypatch):
+    def git(*words):
+        who = "-c", "user.name=a", "-c", "user.email=a@b.c"
+        subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def commit():
+        return utils.measured(torch.device("cpu"), [])["commit"]
+
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    assert commit() is None
+    git("init")
+    assert commit() is None  # nothing is committed
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "first")
+    git("tag", "-m", "a tag", "v1")
+    clean = commit()
+    head = tmp_path / ".git" / "refs" / "heads"
+    assert next(head.iterdir()).read_text().startswith(clean) and len(clean) >= 7
+    (tmp_path / "file").write_text("2")
+    assert commit() == f"{clean}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() is None  # no git
 
 
 def test_record_round_trip(tmp_path):
