@@ -257,12 +257,12 @@ def test_pooling_before_relu_is_the_textbook_block(norm):
 
 
 def test_the_residual_network_by_hand(capsys):
-    """Its parameters; a block that adds nothing passes on what comes in, where the shape stays."""
-    counts = 3 * 9 * 32, 4 * 9 * 32**2 + 4 * 2 * 32
-    for c in (32, 64):  # the first block of a stage doubles the channels
-        d = 2 * c
-        counts += (2 * c + 9 * c * d + 2 * d + 9 * d * d + c * d, 2 * 9 * d * d + 2 * 2 * d)
-    total = sum(counts) + 2 * 128 + 128 * 6 + 6
+    """Its parameters; a residual block adds what its convolution makes of what comes in."""
+    total, before = 160 * 6 + 6, 3
+    for channels, depth in ((32, 1), (64, 2), (128, 2), (160, 1)):
+        total += 9 * before * channels + 3 * channels  # weights; bias, and batch norm's two
+        total += depth * (9 * channels**2 + 3 * channels)
+        before = channels
     model = hw2_q2.build_model(options("-model", "resnet")).eval()
     assert hw2_q2.count_parameters(model) == total < 1e6
     hw2_q2.main(["-model", "resnet", "-count_params"])
@@ -272,13 +272,9 @@ def test_the_residual_network_by_hand(capsys):
         words = line.split("  ")
         formula, count = [word for word in words if word.strip()][-2:]
         assert eval(formula.replace("x", "*")) == int(count.replace(",", "")), line
-    block, shrinking = model.convs[1], model.convs[3]
-    for conv in (block.conv2, shrinking.conv2):
-        nn.init.zeros_(conv.weight)
-    x = torch.rand(2, 32, 8, 8)
-    assert torch.equal(block(x), x)
-    expected = F.conv2d(F.relu(shrinking.norm1(x)), shrinking.shortcut.weight, stride=2)
-    torch.testing.assert_close(shrinking(x), expected)
+    block, x = model.convs[1], torch.rand(2, 32, 8, 8)
+    nn.init.normal_(block.norm.weight)
+    torch.testing.assert_close(block(x), x + F.relu(block.norm(block.conv(x))))
     assert model(torch.rand(2, 3, 96, 64)).shape == (2, 6)
 
 
@@ -630,7 +626,7 @@ def test_loss_falls(train, argv):
 def test_the_residual_network_is_trained_and_used(train, tmp_path, pictures, capsys):
     argv = ["-model", "resnet", "-recipe", "best", "-batch_size", "12", "-precision", "bfloat16"]
     record, _ = train(*argv)
-    assert record["parameters"] == 695_718
+    assert record["parameters"] == 889_446
     assert set(record["final"]["test"]["sizes"]) == {"32", "48", "64", "96"}
     [path] = tmp_path.glob("out/checkpoints/q2-resnet-*.pt")
     capsys.readouterr()
