@@ -611,11 +611,24 @@ def confusion_matrix(log_probs, labels):
     return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
 
 
-def certainty(model, images, labels, bins=10, sure=0.9):
+def disputed_labels(images, labels, training):
+    """Which pictures (N,) are one of the `training` ones, (pictures, labels), of another class."""
+    classes = {}
+    for picture, label in zip(*(part.cpu().numpy() for part in training)):
+        classes.setdefault(picture.tobytes(), set()).add(label)
+    pairs = zip(images.cpu().numpy(), labels.cpu().numpy())
+    return torch.tensor(
+        [bool(classes.get(picture.tobytes(), set()) - {label}) for picture, label in pairs]
+    )
+
+
+def certainty(model, images, labels, training, bins=10, sure=0.9):
     """How far the probability of the predicted class can be believed (Guo et al. 2017, section 2).
 
     calibration: for each of the bins of that probability [pictures, their mean probability, the
-    share of them that is right]; confident: the confusion matrix of those of at least `sure`.
+    share of them that is right]; confident: the confusion matrix of those of at least `sure`;
+    disputed: of the pictures that the training ones have under another label [all, those taken for
+    another class, those of at least `sure` among these].
     """
     log_probs, labels = predict(model, images), labels.cpu()
     found, predicted = log_probs.exp().max(1)
@@ -627,7 +640,10 @@ def certainty(model, images, labels, bins=10, sure=0.9):
         rows.append([here.sum().item(), *means])
     chosen = found >= sure
     confident = confusion_matrix(log_probs[chosen], labels[chosen])
-    return {"calibration": rows, "confident": confident.tolist()}
+    disputed = disputed_labels(images, labels, training)
+    sets = disputed, disputed & (predicted != labels), disputed & (predicted != labels) & chosen
+    counts = [mask.sum().item() for mask in sets]
+    return {"calibration": rows, "confident": confident.tolist(), "disputed": counts}
 
 
 def moved_accuracies(model, images, labels, most=4):
@@ -741,7 +757,7 @@ def score(model, splits, options):
     """A run's final scores: each split's, and what the report says of the test pictures."""
     final = {split: evaluate(model, *splits[split]) for split in utils.SPLITS}
     test = splits["test"]
-    final["test"] |= certainty(model, *test)
+    final["test"] |= certainty(model, *test, splits["train"])
     if not options.scramble_pixels:
         final["test"]["moved"] = moved_accuracies(model, *test)
         if options.head == "gap" and options.kernel_size != SIZE:
@@ -854,6 +870,29 @@ def draw_pictures(path, title, images, labels, predicted):
 # report
 
 SHORT = "-learning_rate 0.01 -epochs 10"
+QUICK = f"{SHORT} -precision bfloat16"
+BETTER = "-recipe best -precision bfloat16"
+BRIEF = f"{BETTER} -epochs 20"
+RECIPE_10, BEST_20 = "the report's recipe, 10 epochs", "best recipe, 20 epochs"
+BEST, BEST_RESNET = "best recipe", "best recipe, residual network"
+ADDED = {  # to the report's recipe
+    "with momentum": "-momentum 0.9",
+    "with one cycle": "-schedule one_cycle",
+    "with batches of 64": "-batch_size 64 -learning_rate 0.08",
+    "with weight decay": "-l2_decay 0.0005",
+    "with smoothed labels": "-label_smoothing 0.1",
+    "with flips": "-augment flip",
+    "with crops": "-augment crop",
+}
+LEFT_OUT = {  # of the best one
+    "without momentum": "-momentum 0",
+    "without one cycle": "-schedule constant -learning_rate 0.02",
+    "without batches of 64": "-batch_size 8 -learning_rate 0.0125",
+    "without weight decay": "-l2_decay 0",
+    "without smoothed labels": "-label_smoothing 0",
+    "without flips": "-augment crop",
+    "without crops": "-augment flip",
+}
 SYSTEMS = (
     utils.System("plain, rate 0.1", "-no_batch_norm -learning_rate 0.1"),
     utils.System("plain, rate 0.01", "-no_batch_norm -learning_rate 0.01"),
@@ -874,6 +913,12 @@ SYSTEMS = (
     utils.System("average pooling", f"{SHORT} -pool avg", 2, "all"),
     utils.System("strided convolutions", f"{SHORT} -pool stride", 2, "all"),
     utils.System("no pooling", f"{SHORT} -pool none", 2, "all"),
+    utils.System(RECIPE_10, QUICK, 3, "beyond"),
+    *(utils.System(name, f"{QUICK} {more}", 3, "beyond") for name, more in ADDED.items()),
+    utils.System(BEST, BETTER, 5, "beyond"),
+    utils.System(BEST_RESNET, f"{BETTER} -model resnet", 3, "beyond"),
+    utils.System(BEST_20, BRIEF, 3, "beyond"),
+    *(utils.System(name, f"{BRIEF} {more}", 3, "beyond") for name, more in LEFT_OUT.items()),
 )
 # The original report's validation and test accuracy.
 REPORTED = {
@@ -912,7 +957,12 @@ LOOKS = {  # of a system's lines, the same in every figure
     "average pooling": {"color": utils.ORANGE, "linestyle": "--"},
     "strided convolutions": {"color": utils.SKY, "linestyle": "-."},
     "no pooling": {"color": "0.4", "linestyle": ":"},
+    BEST_20: {"color": utils.SKY},
+    BEST: {"color": utils.BLUE},
+    BEST_RESNET: {"color": utils.GREEN},
+    "without smoothed labels": {"color": utils.ORANGE, "linestyle": "--"},
 }
+LADDER = VARIANT, BEST_20, BEST, BEST_RESNET
 
 
 def report_parts(records):
@@ -949,6 +999,15 @@ def report_parts(records):
         "scrambled": draw_scrambled(records),
         "table scrambled": accuracy_table(every, SCRAMBLED),
         "running-mean": draw_running_mean(records[BEST_PLAIN]),
+        "ladder": draw_ladder(records),
+        "table ladder": table(records, LADDER, *LADDER_COLUMNS),
+        "table added": gains_table(records, RECIPE_10, ADDED),
+        "table left out": gains_table(records, BEST_20, LEFT_OUT),
+        "mirror": mirror_gain(records),
+        "calibration": draw_calibration(records),
+        "table classes": classes_table(records),
+        "table mistakes": mistakes_table(records[BEST]),
+        "mistakes": count_mistakes(records[BEST]),
         "machines": utils.machines(r for runs in records.values() for r in runs),
     }
 
@@ -1029,6 +1088,11 @@ def seconds_an_epoch(record):
     return statistics.median(record["measured"]["seconds"])
 
 
+def minutes(record):
+    """How long a run's epochs took together."""
+    return sum(record["measured"]["seconds"]) / 60
+
+
 def field_and_products(model):
     """Pixels across that a position of the last convolution's map depends on, and the
     multiply-adds of one picture's way through the network."""
@@ -1071,6 +1135,7 @@ COLUMNS = {  # of a table: its head, and what it says of a system's runs
     "multiply-adds (millions)": lambda runs: f"{field_and_products(model_of(runs))[1] / 1e6:.1f}",
     "first epoch at .75, each run": each_run(first_epoch, "d"),
     "seconds an epoch, each run": each_run(seconds_an_epoch, ".0f"),
+    "minutes of training": lambda runs: f"{statistics.mean(map(minutes, runs)):.1f}",
     "training": lambda runs: utils.mean_sd(accuracy(runs, "train")),
     "validation": lambda runs: utils.mean_sd(accuracy(runs, "val")),
     "test": lambda runs: utils.mean_sd(accuracy(runs, "test")),
@@ -1085,6 +1150,7 @@ SIZE_COLUMNS += ("seconds an epoch, each run",)
 GAP_COLUMNS = "training", "validation", "test", "training - validation", LATE, "runs"
 KERNEL_COLUMNS = "receptive field", "parameters", "multiply-adds (millions)"
 KERNEL_COLUMNS += "seconds an epoch, each run", LATE, "test", "training - validation", "runs"
+LADDER_COLUMNS = "parameters", "minutes of training", "validation", "test", "runs"
 
 
 def table(records, labels, *columns):
@@ -1145,6 +1211,153 @@ def parameter_markdown(title, norm, head):
     rows.append(("**all**", "", "", *totals))
     table = utils.markdown_table(["layer", "output", "formula", "parameters", "report"], rows)
     return f"{title} network:\n\n{table}"
+
+
+def gain(values, usual):
+    """'difference of two means ± its standard error' over seeds; without the error where either
+    has one value, a dash where it has none."""
+    if not (values and usual):
+        return "–"
+    difference = f"{statistics.mean(values) - statistics.mean(usual):+.3f}"
+    if min(len(values), len(usual)) == 1:
+        return difference
+    squares = sum(statistics.variance(part) / len(part) for part in (values, usual))
+    return f"{difference} ± {math.sqrt(squares):.3f}"
+
+
+def gains_table(records, base, labels):
+    """Accuracies of a system, and what those that differ from it in one thing gain or lose."""
+    usual, rows = with_scores(records[base]), []
+    measures = (
+        lambda runs: [late(run) for run in runs],
+        lambda runs: accuracy(runs, "val"),
+        lambda runs: accuracy(runs, "test"),
+    )
+    for label in (base, *labels):
+        if runs := with_scores(records[label]):
+            cells = []
+            for measure in measures:
+                change = gain(measure(runs), measure(usual)) if label != base else ""
+                cells += [utils.mean_sd(measure(runs)), change]
+            rows.append([label, *cells, len(runs)])
+    head = "recipe", LATE, "gain", "validation", "gain", "test", "gain", "runs"
+    return utils.markdown_table(head, rows)
+
+
+def mirror_gain(records):
+    """What the mean over mirror images adds to the accuracies of the networks that use it, as
+    words; None without such runs."""
+    runs = [run for label in (BEST, BEST_RESNET, BEST_20) for run in with_scores(records[label])]
+    if not runs:
+        return None
+    finals = [run["final"] for run in runs]
+    gains = [
+        [final[split]["accuracy"] - final[split]["unmirrored"] for final in finals]
+        for split in ("val", "test")
+    ]
+    valid, test = map(utils.mean_sd, gains)
+    return f"{valid} (validation) and {test} (test, {len(runs)} networks)"
+
+
+def classes_table(records):
+    """The share of each class's test pictures that is recognised."""
+    rows = []
+    for label in LADDER:
+        if runs := with_scores(records[label]):
+            confusions = torch.tensor([run["final"]["test"]["confusion"] for run in runs]).float()
+            recalls = confusions.diagonal(dim1=1, dim2=2) / confusions.sum(2)  # (runs, classes)
+            rows.append([label, *(utils.mean_sd(column) for column in recalls.T.tolist())])
+    return utils.markdown_table(("network", *CLASSES), rows)
+
+
+def mean_matrix(runs, name):
+    """The mean over runs of a confusion matrix of the test pictures, right ones left out."""
+    matrices = torch.tensor([run["final"]["test"][name] for run in runs]).float()
+    return matrices.mean(0).fill_diagonal_(0)
+
+
+def mistakes_table(records, most=8):
+    """The pairs of classes that are confused most often with confidence, and how often."""
+    if not (runs := with_scores(records)):
+        return None
+    sure, every = mean_matrix(runs, "confident"), mean_matrix(runs, "confusion")
+    rows = []
+    for place in sure.flatten().argsort(descending=True, stable=True)[:most].tolist():
+        true, taken = divmod(place, len(CLASSES))
+        counts = f"{sure[true, taken]:.1f}", f"{every[true, taken]:.1f}"
+        rows.append([CLASSES[true], CLASSES[taken], *counts])
+    head = "true class", "taken for", "with a probability of .9 and more", "all"
+    return utils.markdown_table(head, rows, text=2)
+
+
+def count_mistakes(records):
+    """How many mistakes there are, how many of them confident, and how many are of pictures that
+    training has under another label, as words."""
+    if not (runs := with_scores(records)):
+        return None
+    sure, every = (mean_matrix(runs, name).sum() for name in ("confident", "confusion"))
+    disputed = [run["final"]["test"]["disputed"] for run in runs]
+    count, wrong, certain = (statistics.mean(column) for column in zip(*disputed))
+    return (
+        f"Of {every:.1f} mistakes (mean over seeds) {sure:.1f} are made with a probability of .9 "
+        f"and more. Of the {count:g} test pictures that are also among the training pictures under "
+        f"another label {wrong:.1f} are taken for another class than their own, {certain:.1f} with "
+        f"such a probability: {wrong / every:.1%} of the mistakes"
+    )
+
+
+def calibration_error(record):
+    """The mean distance of probability and share of right ones over the test pictures (Guo et al.
+    2017, section 2)."""
+    rows = [row for row in record["final"]["test"]["calibration"] if row[0]]
+    return sum(n * abs(sure - right) for n, sure, right in rows) / sum(n for n, _, _ in rows)
+
+
+def draw_calibration(records):
+    """The share of right answers against the probability that the network gives them."""
+    labels = [name for name in ("without smoothed labels", BEST_20) if with_scores(records[name])]
+    if not labels:
+        return None
+    fig, axes = utils.figure(4.2, 3.6)
+    axes.plot([0.2, 1], [0.2, 1], color="0.6", linestyle=":", label="as sure as right")
+    for label in labels:
+        runs = with_scores(records[label])
+        bins = zip(*(run["final"]["test"]["calibration"] for run in runs))
+        means = [pooled for column in bins if (pooled := pool_bin(column))]
+        error = statistics.mean(map(calibration_error, runs))
+        name = f"{utils.with_seeds(label, runs)}, error {error:.3f}"
+        axes.plot(*zip(*means), marker="o", markersize=4, label=name, **LOOKS[label])
+    axes.set(xlabel="Probability of the predicted class", ylabel="Share of right answers")
+    axes.legend()
+    return fig
+
+
+def pool_bin(rows, least=20):
+    """(mean probability, share of right answers) of a bin over runs; None of too few pictures."""
+    counts = [row[0] for row in rows]
+    if sum(counts) < least:
+        return None
+    sums = [sum(row[0] * row[i] for row in rows if row[0]) for i in (1, 2)]
+    return sums[0] / sum(counts), sums[1] / sum(counts)
+
+
+def draw_ladder(records):
+    """Test accuracy against training time, a mark a run, from the report's own number on."""
+    labels = [label for label in LADDER if with_scores(records[label])]
+    if not labels:
+        return None
+    fig, axes = utils.figure(5.0, 3.6)
+    for label, marker in zip(labels, "osD^"):
+        runs = with_scores(records[label])
+        look = {"color": LOOKS[label]["color"], "markersize": 6, "alpha": 0.8}
+        times, values = list(map(minutes, runs)), accuracy(runs, "test")
+        axes.plot(times, values, marker, label=utils.with_seeds(label, runs), **look)
+    reported = REPORTED[VARIANT][1]
+    axes.axhline(reported, color="0.4", linestyle="--", label=f"the report, {reported:.4f}")
+    axes.set(xlabel="Training time on one thread (minutes)", ylabel="Test accuracy")
+    axes.set_xlim(0, None)
+    utils.legend_above(fig, axes)
+    return fig
 
 
 def draw_bands(records, labels, curves):

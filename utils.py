@@ -1166,6 +1166,7 @@ def _dask(address):
 # report
 
 REPORT_SEEDS = (42, 1, 2, 3, 4)
+GROUPS = {"report": ("report",), "all": ("report", "all"), "beyond": ("beyond",)}  # of systems
 TEMPLATE = ROOT / "figures" / "template.md"
 NOT_TRAINED = "*(not trained yet)*"
 
@@ -1173,7 +1174,8 @@ NOT_TRAINED = "*(not trained yet)*"
 @dataclass(frozen=True)
 class System:
     """Something that the report trains: its label in tables and figures, the script's arguments,
-    over how many seeds, and whether the original report has it ('report') or not ('all')."""
+    over how many seeds, and whether the original report has it ('report'), it tests what that says
+    ('all'), or it goes beyond it ('beyond')."""
 
     label: str
     arguments: str
@@ -1185,8 +1187,8 @@ def add_report_options(parser, dash):
     """Add what both scripts ask about the report."""
     add = parser.add_argument_group("report").add_argument
     what = "train what is missing, then write this question's part of figures/README.md; all: train"
-    what += " also the systems that the original report does not have"
-    choices = {"nargs": "?", "const": "report", "choices": ("report", "all")}
+    what += " also what tests the original report's claims; beyond: what goes beyond it"
+    choices = {"nargs": "?", "const": "report", "choices": GROUPS}
     add(f"{dash}report", help=what, **choices)
     seeds = number(int, 1, len(REPORT_SEEDS))
     add(f"{dash}n_seeds", type=seeds, metavar="N", help="seeds a system (default: 2 or 3)")
@@ -1220,7 +1222,7 @@ def write_report(script, options):
     fields of the template's part: figures, text, or None where no run is.
     """
     folder = options.output_dir / "figures"
-    all_systems = argparse.Namespace(**vars(options) | {"report": "all", "only": "*"})
+    all_systems = argparse.Namespace(**vars(options) | {"report": None, "only": "*"})
     most_seeds = argparse.Namespace(**vars(all_systems) | {"n_seeds": len(REPORT_SEEDS)})
     known = {key for key, _ in _wanted_runs(script, most_seeds)}
     found = _read_records(folder / "runs", script.QUESTION, known)
@@ -1243,11 +1245,11 @@ def write_report(script, options):
 
 
 def _wanted_runs(script, options):
-    """A (key, options) for each run that the report wants."""
+    """A (key, options) for each run that the report wants, of all groups where it says none."""
     wanted = []
     for system in script.SYSTEMS:
         matches = fnmatch.fnmatchcase(system.label, options.only)
-        if matches and options.report in (system.group, "all"):
+        if matches and system.group in GROUPS.get(options.report, (system.group,)):
             for seed in REPORT_SEEDS[: options.n_seeds or system.seeds]:
                 own = vars(script.parse_options(system.arguments.split()))
                 places = {name: getattr(options, name) for name in script.PLACES}

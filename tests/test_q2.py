@@ -812,7 +812,9 @@ def test_certainty_by_hand():
 
     images = torch.zeros(5, 3, 48, 48, dtype=torch.uint8)
     images[:, :, 0, 0] = torch.tensor([255, 242, 243, 140, 128]).unsqueeze(1)
-    found = hw2_q2.certainty(Fixed(), images, torch.tensor([1, 0, 1, 1, 2]))
+    training = images.clone(), torch.tensor([1, 0, 2, 1, 1])  # the third and fifth disagree
+    training[0][3] = 7  # not the same picture
+    found = hw2_q2.certainty(Fixed(), images, torch.tensor([1, 0, 1, 1, 2]), training)
     rows = found["calibration"]
     assert [row[0] for row in rows] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 3]
     assert rows[5] == [2, pytest.approx(134 / 255), 0.5]
@@ -820,6 +822,10 @@ def test_certainty_by_hand():
     assert rows[0] == [0, None, None]
     confident = torch.tensor(found["confident"])
     assert (confident[1, 1], confident[0, 1], confident.sum()) == (2, 1, 3)
+    assert found["disputed"] == [2, 1, 0]  # the fifth is taken for 1, but not surely
+    same = images[1:2].expand(2, -1, -1, -1)  # under both labels
+    found = hw2_q2.certainty(Fixed(), images, torch.zeros(5).long(), (same, torch.tensor([0, 1])))
+    assert found["disputed"] == [1, 1, 1]
 
 
 def test_a_run_with_mirror_images_is_also_scored_without(train, landscapes, tmp_path):

@@ -37,6 +37,7 @@ OF_THE_REPORT = [
     record
     for script in (hw2_q2, hw2_q3)
     for system in script.SYSTEMS
+    if system.group != "beyond"
     for record in runs_of(script, system.label)
 ]
 Q2 = {
@@ -128,6 +129,75 @@ def test_whether_the_reports_accuracy_could_be_ours():
     assert hw2_q2.accuracy_table({label: near[:2]}, [label]).endswith("| yes / yes |")
     far = [accurate(700, 300), accurate(710, 290)]
     assert hw2_q2.accuracy_table({label: far}, [label]).endswith("| no / no |")
+
+
+def sure(right, wrong, minutes=1):
+    """Like accurate(), with what the chapter beyond the report shows of a run."""
+    record = accurate(right, wrong)
+    test = record["final"]["test"] | {
+        "confusion": [[right, wrong, 0, 0, 0, 0], *[[0, 1, 0, 0, 0, 0]] * 5],
+        "confident": [[9, 2, 0, 0, 0, 0], *[[0, 1, 0, 0, 0, 0]] * 5],
+        "calibration": [[0, None, None], [40, 0.25, 0.5], [60, 0.75, 0.75]],
+        "disputed": [3, 2, 1],
+        "unmirrored": record["final"]["test"]["accuracy"] - 0.01,
+    }
+    final = {"val": test, "test": test}
+    return record | {"final": final, "measured": {"seconds": [30.0] * 2 * minutes}}
+
+
+def test_gains_by_hand():
+    """Variances .0002 and .0008 of two runs each: an error of the square root of .0001 + .0004."""
+    assert hw2_q2.gain([0.8, 0.82], [0.7, 0.74]) == "+0.090 ± 0.022"
+    assert hw2_q2.gain([0.8], [0.9, 0.7]) == "+0.000"
+    assert hw2_q2.gain([], [0.9]) == "–"
+    records = {"base": [sure(80, 20), sure(82, 18)], "less": [sure(70, 30)], "none": []}
+    *_, first, second = hw2_q2.gains_table(records, "base", ("less", "none")).splitlines()
+    assert first == "| base | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 2 |"
+    assert second == "| less | 0.700 | -0.110 | 0.700 | -0.110 | 0.700 | -0.110 | 1 |"
+
+
+@pytest.fixture
+def beyond():
+    """Records of question 2's chapter beyond the report."""
+    records = {system.label: [] for system in hw2_q2.SYSTEMS}
+    records[hw2_q2.VARIANT] = [sure(70, 30, minutes=9)]
+    records[hw2_q2.BEST] = [sure(90, 10, minutes=20), sure(92, 8, minutes=30)]
+    records[hw2_q2.BEST_20] = [sure(88, 12, minutes=10)]
+    records["without smoothed labels"] = [sure(86, 14)]
+    return records
+
+
+def test_mistakes_by_hand(beyond):
+    """Nine mistakes of the first class, five of the others, two and five of them confident."""
+    runs = beyond[hw2_q2.BEST]
+    text = hw2_q2.count_mistakes(runs)
+    assert "Of 13.0 mistakes (mean over seeds) 6.0 are made" in text
+    assert "Of the 3 test pictures that are also" in text
+    assert "under another label 2.0 are taken" in text
+    assert "1.0 with such a probability: 15.4% of the mistakes" in text
+    first = hw2_q2.mistakes_table(runs).splitlines()[2]
+    assert first == "| buildings | forest | 2.0 | 9.0 |"
+    assert "0.010 ± 0.000 (validation)" in hw2_q2.mirror_gain(beyond)
+    assert (
+        hw2_q2.classes_table(beyond).splitlines()[3].startswith("| best recipe, 20 epochs | 0.880")
+    )
+
+
+def test_calibration_by_hand(beyond):
+    """40 pictures .25 off, 60 not off at all."""
+    record = beyond[hw2_q2.BEST_20][0]
+    assert hw2_q2.calibration_error(record) == pytest.approx(0.4 * 0.25)
+    assert hw2_q2.pool_bin([[10, 0.2, 0.1], [30, 0.6, 0.5]]) == pytest.approx((0.5, 0.4))
+    assert hw2_q2.pool_bin([[10, 0.2, 0.1], [0, None, None]]) is None
+    _, *lines = hw2_q2.draw_calibration(beyond).axes[0].get_lines()
+    assert [list(zip(*line.get_data())) for line in lines] == [[(0.25, 0.5), (0.75, 0.75)]] * 2
+
+
+def test_the_ladder_shows_the_records(beyond):
+    *lines, reported = hw2_q2.draw_ladder(beyond).axes[0].get_lines()
+    points = [list(zip(*line.get_data())) for line in lines]
+    assert points == [[(9, 0.7)], [(10, 0.88)], [(20, 0.9), (30, 0.92)]]
+    assert list(reported.get_ydata()) == [0.746, 0.746]
 
 
 PARSERS = {
