@@ -1213,6 +1213,18 @@ def parameter_markdown(title, norm, head):
     return f"{title} network:\n\n{table}"
 
 
+def trial_scores(record):
+    """What a trial is judged by."""
+    scores, history = record["final"]["val"], record["history"]
+    return {
+        "validation, last epoch": f"{scores['accuracy']:.3f}",
+        "its loss (nats)": f"{scores['loss']:.3f}",
+        "last five epochs": f"{late(record):.3f}",
+        "training": f"{history['train_accuracy'][-1]:.3f}",
+        "minutes": f"{minutes(record):.1f}",
+    }
+
+
 def gain(values, usual):
     """'difference of two means ± its standard error' over seeds; without the error where either
     has one value, a dash where it has none."""

@@ -1090,6 +1090,17 @@ REPORTED_EXAMPLES = {
 }
 
 
+def trial_scores(record):
+    """What a trial is judged by: the lowest error rate, greedy, of validation."""
+    epoch, history = record["best_epoch"] - 1, record["history"]
+    return {
+        "validation CER": f"{history['val_cer'][epoch]:.4f}",
+        "WER": f"{history['val_wer'][epoch]:.4f}",
+        "in epoch": epoch + 1,
+        "minutes": f"{sum(record['measured']['seconds']) / 60:.1f}",
+    }
+
+
 def report_parts(records):
     """The fields of this question's part of the report: figures, text, or None where no run is.
 

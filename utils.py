@@ -1217,9 +1217,10 @@ def check_report_options(parser, options, dash, places):
 def write_report(script, options):
     """Train what is missing and write a question's part of the report.
 
-    script: the question's module; it has QUESTION, RECIPE, SYSTEMS, parse_options, make_parser,
-    run_options, make_run, load_data, summary, and report_parts, which makes of {label: records} the
-    fields of the template's part: figures, text, or None where no run is.
+    script: the question's module; it has QUESTION, RECIPE, SYSTEMS, LATER_OPTIONS, parse_options,
+    make_parser, run_options, make_run, load_data, summary, trial_scores, which makes of a record of
+    `figures/trials` {column: text}, and report_parts, which makes of {label: records} the fields of
+    the template's part: figures, text, or None where no run is.
     """
     folder = options.output_dir / "figures"
     all_systems = argparse.Namespace(**vars(options) | {"report": None, "only": "*"})
@@ -1240,6 +1241,7 @@ def write_report(script, options):
         if key in found:
             records[several.label].append(found[key])
     fields = script.report_parts(records)
+    fields["table trials"] = _trials_table(script, folder / "trials")
     write_part(folder / "README.md", script.QUESTION, fields, options.figure_format)
     print(f"Report: {folder / 'README.md'}")
 
@@ -1275,6 +1277,24 @@ def _read_records(folder, question, known):
             if key in known and config["data"]["name"] != "sample":
                 found.setdefault(config["data"]["fingerprint"], {})[key] = record
     return max(found.values(), key=len, default={})
+
+
+def _trials_table(script, folder):
+    """What the runs in `folder` changed, against the first of them, and what it gave; None without
+    any. Their options may be gone again: the commit has them."""
+    records = [load_record(path) for path in folder.glob(f"{script.QUESTION}-*.json")]
+    records.sort(key=lambda record: record["measured"]["date"])
+    rows, first = [], None
+    for record in records:
+        options = script.LATER_OPTIONS | record["config"]["options"]
+        first = first or options
+        changed = {name: x for name, x in options.items() if x != first.get(name)}
+        words = [
+            f"{name} {' '.join(x) if isinstance(x, list) else x}" for name, x in changed.items()
+        ]
+        scores = script.trial_scores(record)
+        rows.append([", ".join(words) or "–", *scores.values(), record["measured"]["commit"]])
+    return markdown_table(["changed", *scores, "commit"], rows) if rows else None
 
 
 def _list_missing(script, missing, records):

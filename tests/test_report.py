@@ -475,6 +475,27 @@ def test_right_examples_by_hand():
     assert f"spell 5 of the ten words rightly, ours {', '.join(map(str, right))}" in sentence
 
 
+@pytest.mark.parametrize("question", SCRIPTS)
+def test_trials_are_named_by_what_they_change(committed, question):
+    script, _ = SCRIPTS[question]
+    assert utils._trials_table(script, committed / "figures" / "none") is None
+    record = runs_of(script, "attention" if question == "q3" else "kernels 3x3")[0]
+    for day, more in (("03", {"gone": ["a", "b"]}), ("02", {}), ("04", {"dropout": 0.7})):
+        options = record["config"]["options"] | more
+        trial = record | {"config": record["config"] | {"options": options}}
+        trial["measured"] = record["measured"] | {"date": f"2026-01-{day}", "commit": f"c{day}"}
+        utils.save_record(committed / "figures" / "trials" / f"{question}-{day}.json", trial)
+    rows = utils._trials_table(script, committed / "figures" / "trials").splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| –", "| gone a b", "| dropout 0.7"]
+    assert [row.split(" | ")[-1] for row in rows] == ["c02 |", "c03 |", "c04 |"]
+    score = {
+        "q2": record["final"].get("val", {}).get("accuracy"),
+        "q3": record["history"].get("val_cer"),
+    }
+    best = f"{min(score[question]):.4f}" if question == "q3" else f"{score[question]:.3f}"
+    assert rows[0].split(" | ")[1] == best
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path, landscapes_path):
     """small(*argv) -> question 2's report over two tiny systems, two seeds each."""
