@@ -1346,9 +1346,11 @@ def spell(options, device):
     else:
         speller, note = choose_speller(options, device)
     asked = not (options.ipa or options.input) and sys.stdin.isatty()
-    lines = [] if asked else options.ipa or read_lines(options.input)
+    parts = iter([] if asked else [options.ipa] if options.ipa else read_lines(options.input))
+    first = next(parts, [""])  # a file that cannot be read says so here, before anything else
     print(f"Model: {note}", file=sys.stderr)
-    spell_lines(lines, speller, options)
+    for lines in itertools.chain([first], parts):
+        spell_lines(lines, speller, options)
     while asked:
         asked = ask()
         spell_lines([asked], speller, options)
@@ -1362,12 +1364,16 @@ def ask():
         return ""
 
 
-def read_lines(name):
-    """The lines of a file, or of standard input if `name` is - or None."""
-    if name in ("-", None):
-        return sys.stdin.read().splitlines()
+def read_lines(name, most=1000):
+    """The lines of a file, or of standard input if `name` is - or None, in lists of at most `most`,
+    so that a long file needs no more memory than a short one."""
     try:
-        return Path(name).read_text(encoding="utf-8-sig").splitlines()
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin
+            if name not in ("-", None):
+                file = stack.enter_context(open(name, encoding="utf-8-sig"))
+            while lines := list(itertools.islice(file, most)):
+                yield lines
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: cannot be read ({utils.one_line(error)})")
 
@@ -1381,11 +1387,11 @@ def spell_lines(lines, speller, options):
         line = unicodedata.normalize("NFC", line).strip()
         return segment(line, source) if source.spaced else source.split(line)
 
+    if max(map(len, lines)) > utils.MOST_SYMBOLS:
+        raise UserError(f"a word of more than {utils.MOST_SYMBOLS:,} characters")
     pairs = [(tuple(read(line)), "") for line in lines if line.strip()]
     if not pairs:
         return
-    if max(len(sound) for sound, _ in pairs) > utils.MOST_SYMBOLS:
-        raise UserError(f"a word of more than {utils.MOST_SYMBOLS:,} symbols")
     unknown = sorted({s for sound, _ in pairs for s in sound} - set(source.numbers))
     if unknown:
         kind = "phonemes" if source.spaced else "letters"

@@ -587,6 +587,8 @@ def read_picture(file):
             warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
             with Image.open(file, formats=FORMATS) as picture:
                 picture = ImageOps.exif_transpose(picture)
+                if picture.mode == "F":  # convert() would take 0 to 1 for black
+                    raise ValueError("of its floats nobody knows which is white")
                 if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
                     levels = np.asarray(picture) // 257
                     picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
@@ -1126,7 +1128,8 @@ def _finished(commands, jobs, scheduler):
 
 
 class _Children(contextlib.AbstractContextManager):
-    """Like subprocess.run, but leaving the context ends the processes that are still there."""
+    """Like subprocess.run, but leaving the context ends the processes that are still there, and
+    waits for their end."""
 
     def __init__(self):
         self.running, self.left = set(), False
@@ -1144,8 +1147,11 @@ class _Children(contextlib.AbstractContextManager):
 
     def __exit__(self, *exception):
         self.left = True
-        for process in list(self.running):
+        left = list(self.running)
+        for process in left:
             process.terminate()
+        for process in left:  # none outlives this one
+            process.wait()
 
 
 @contextlib.contextmanager

@@ -345,7 +345,7 @@ def test_words_of_megabytes(tmp_path, scripts):
             utils.read_tsv(tmp_path / "x.tsv")
     main, argv = scripts["q3"]
     main(argv)
-    with pytest.raises(UserError, match="a word of more than 1,000 symbols"):
+    with pytest.raises(UserError, match="a word of more than 1,000 characters"):
         main(["spell", "k " * 1001, "--output_dir", str(tmp_path / "out")])
 
 

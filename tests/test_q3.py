@@ -1062,6 +1062,12 @@ def test_spelling_arguments_files_and_standard_input(spell, tmp_path, monkeypatc
     assert spell("CAB", "DAD")[0] == rows  # without spaces
 
 
+def test_a_long_file_is_read_in_parts(tmp_path):
+    (tmp_path / "ipa.txt").write_text("\ufeffA\r\nB\n\nC", encoding="utf-8")
+    parts = list(hw2_q3.read_lines(tmp_path / "ipa.txt", most=3))
+    assert [[line.strip() for line in part] for part in parts] == [["A", "B", ""], ["C"]]
+
+
 @pytest.mark.parametrize("end", ["", EOFError], ids=["empty line", "end of input"])
 def test_spelling_at_a_prompt(spell, monkeypatch, end):
     answers = iter(["C A B", "D A D", end])

@@ -173,6 +173,12 @@ def test_pictures_of_every_mode_and_size(tmp_path, mode):
     assert picture.float().mean((1, 2)).tolist() == pytest.approx(expected, abs=1)
 
 
+def test_a_picture_of_floats_is_refused(tmp_path):
+    Image.new("F", (60, 60), 0.5).save(tmp_path / "x.tiff")
+    with pytest.raises(UserError, match="of its floats nobody knows which is white"):
+        utils.read_picture(tmp_path / "x.tiff")
+
+
 def test_a_picture_taken_with_the_camera_turned(tmp_path):
     """Its file says so: left is red, and a quarter turn to the right makes that the top."""
     picture = Image.new("RGB", (96, 96), (0, 0, 255))
@@ -688,6 +694,10 @@ def test_an_interrupt_ends_all_runs(make_tasks, monkeypatch):
         run_many(tasks, jobs=2)
     assert time.monotonic() - began < 30
     assert not any(t.run.record.exists() for t in tasks if "wait" in t.arguments)
+    with utils._Children() as children:
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        children.running.add(process)
+    assert process.returncode is not None  # none is left behind
 
 
 def test_the_bar_counts_epochs(make_tasks):
