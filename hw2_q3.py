@@ -775,10 +775,13 @@ def summary(record):
 
 
 def load_data(options):
-    """The words in --data_dir, or in its default place, or else the built-in sample."""
+    """The words in --data_dir, or in its default place, or else the built-in sample. Those in a
+    folder in data/ bear its name."""
     folder = options.data_dir or DATA_DIR
     if options.data_dir or (folder / "train.tsv").exists():
-        return utils.load_pronunciations(folder)
+        data = utils.load_pronunciations(folder)
+        named = folder.resolve().parent == DATA_DIR and folder.name != "sample"
+        return utils.Pronunciations(data.splits, folder.name) if named else data
     print(
         "No train.tsv found: training on the built-in SAMPLE, words of the CMU dictionary.\n"
         "  To get Wiktionary's: python -m data.prepare_pronunciations --language eng_latn_us_broad"

@@ -514,7 +514,7 @@ class Pronunciations:
 
     splits: for 'train', 'val' and 'test', a list of (phonemes, spelling): a tuple of symbols such
     as ('k', 'æ', 't') and a string
-    name: 'pronunciations' or 'sample'
+    name: 'pronunciations', 'sample', or that of a folder in data/
     """
 
     splits: dict
@@ -1180,13 +1180,14 @@ NOT_TRAINED = "*(not trained yet)*"
 @dataclass(frozen=True)
 class System:
     """Something that the report trains: its label in tables and figures, the script's arguments,
-    over how many seeds, and whether the original report has it ('report'), it tests what that says
-    ('all'), or it goes beyond it ('beyond')."""
+    over how many seeds, whether the original report has it ('report'), it tests what that says
+    ('all'), or it goes beyond it ('beyond'), and the name of its data, None for the usual ones."""
 
     label: str
     arguments: str
     seeds: int = 3
     group: str = "report"
+    data: str | None = None
 
 
 def add_report_options(parser, dash):
@@ -1231,11 +1232,11 @@ def write_report(script, options):
     folder = options.output_dir / "figures"
     all_systems = argparse.Namespace(**vars(options) | {"report": None, "only": "*"})
     most_seeds = argparse.Namespace(**vars(all_systems) | {"n_seeds": len(REPORT_SEEDS)})
-    known = {key for key, _ in _wanted_runs(script, most_seeds)}
+    known = {key: several.label for key, several in _wanted_runs(script, most_seeds)}
     found = _read_records(folder / "runs", script.QUESTION, known)
     missing = [several for key, several in _wanted_runs(script, options) if key not in found]
     if options.dry_run:
-        _list_missing(script, missing, found.values())
+        _list_missing(script, missing, found, known)
         return
     if (folder / "README.md").exists():
         _around(folder / "README.md", script.QUESTION)  # before hours of training
@@ -1258,31 +1259,46 @@ def _wanted_runs(script, options):
     for system in script.SYSTEMS:
         matches = fnmatch.fnmatchcase(system.label, options.only)
         if matches and system.group in GROUPS.get(options.report, (system.group,)):
-            for seed in REPORT_SEEDS[: options.n_seeds or system.seeds]:
-                own = vars(script.parse_options(system.arguments.split()))
-                places = {name: getattr(options, name) for name in script.PLACES}
-                several = argparse.Namespace(**own | places, label=system.label)
-                several.seed = seed
-                wanted.append((_key(script.RECIPE, script.run_options(several)), several))
+            seeds = REPORT_SEEDS[: options.n_seeds or system.seeds]
+            own = vars(script.parse_options(system.arguments.split()))
+            if isinstance(own["seed"], list):  # an ensemble's, one run
+                seeds = [own["seed"]]
+            places = {name: getattr(options, name) for name in script.PLACES}
+            if system.data:
+                places["data_dir"] = ROOT / "data" / system.data
+            for seed in seeds:
+                several = argparse.Namespace(**own | places | {"seed": seed}, label=system.label)
+                chosen = script.run_options(several)
+                wanted.append((_key(script.RECIPE, chosen, system.data), several))
     return wanted
 
 
-def _key(recipe, options):
-    return json.dumps([recipe, options], sort_keys=True)
+USUAL_DATA = "photographs", "pronunciations", "sample"
+
+
+def _key(recipe, options, data):
+    """What a run is known by; data: their name."""
+    return json.dumps([recipe, options, None if data in USUAL_DATA else data], sort_keys=True)
+
+
+def _key_of(record):
+    config = record["config"]
+    return _key(config["recipe"], config["options"], config["data"]["name"])
 
 
 def _read_records(folder, question, known):
-    """{key: record} of a question's runs with `known` keys on one data set, that with the most of
-    them; built-in samples are none. Broken records are named and set aside."""
-    found = {}
+    """{key: record} of a question's runs with `known` keys, of each name of data on one set, that
+    with the most of them; built-in samples are none. Broken records are named and set aside."""
+    found = {}  # by name, by fingerprint
     for path in sorted(folder.glob(f"{question}-*.json")):
         record = read_or_set_aside(path)
-        if is_finished(record):
-            config = record["config"]
-            key = _key(config["recipe"], config["options"])
-            if key in known and config["data"]["name"] != "sample":
-                found.setdefault(config["data"]["fingerprint"], {})[key] = record
-    return max(found.values(), key=len, default={})
+        if is_finished(record) and (key := _key_of(record)) in known:
+            data = record["config"]["data"]
+            if data["name"] != "sample":
+                sets = found.setdefault(data["name"], {})
+                sets.setdefault(data["fingerprint"], {})[key] = record
+    most = (max(sets.values(), key=len) for sets in found.values())
+    return {key: record for records in most for key, record in records.items()}
 
 
 def _trials_table(script, folder):
@@ -1303,34 +1319,48 @@ def _trials_table(script, folder):
     return markdown_table(["changed", *scores, "commit"], rows) if rows else None
 
 
-def _list_missing(script, missing, records):
-    """Print the command of each missing run, and how long it takes by the records there are."""
-    took = {}  # by options, seconds an epoch
-    for record in records:
+def _list_missing(script, missing, found, labels):
+    """Print the command of each missing run, and how long it takes by the records found; labels: by
+    their keys."""
+    took = {}  # by label, seconds an epoch
+    for key, record in found.items():
         if seconds := record["measured"]["seconds"]:
-            key = _key(record["config"]["recipe"], record["config"]["options"] | {"seed": None})
-            took.setdefault(key, []).append(statistics.median(seconds))
+            took.setdefault(labels[key], []).append(statistics.median(seconds))
     usual = statistics.median([second for known in took.values() for second in known] or [0])
     hours = 0
     for options in missing:
-        chosen = script.run_options(options)
-        epoch = statistics.median(took.get(_key(script.RECIPE, chosen | {"seed": None}), [usual]))
-        hours += epoch * epochs_of(vars(options)) / 3600
-        print(script.command(chosen))
+        if not vars(options).get("ensemble"):  # which only tests what others train
+            epoch = statistics.median(took.get(options.label, [usual]))
+            hours += epoch * epochs_of(vars(options)) / 3600
+        print(script.command(script.run_options(options)))
     guess = f"; some {hours / len(cores()):.1f} hours on this machine" if usual else ""
     print(f"{len(missing)} runs to train{guess}")
 
 
 def _train_missing(script, missing, found, options):
-    data = script.load_data(options)
-    known = {record["config"]["data"]["fingerprint"] for record in found.values()}
-    if data.name == "sample" or known - {data.fingerprint}:
-        needed = "the data of the others" if known else "real data, not the built-in sample"
-        raise UserError(
-            f"{len(missing)} runs of the report are missing, and need {needed}; data/README.md "
-            "says how to get them"
-        )
-    train_many(script, missing, data)
+    """Train these runs, each kind of data by itself and ensembles last; their data must be those of
+    the records."""
+    known = {}  # fingerprints, by name of data
+    for record in found.values():
+        data = record["config"]["data"]
+        name = None if data["name"] in USUAL_DATA else data["name"]
+        known.setdefault(name, set()).add(data["fingerprint"])
+    parts = {}
+    for several in missing:
+        chosen = vars(several)
+        place = chosen.get("ensemble", False), str(chosen.get("data_dir") or "")
+        parts.setdefault(place, []).append(several)
+    loaded = [(part, script.load_data(part[0])) for _, part in sorted(parts.items())]
+    for _, data in loaded:
+        others = known.get(None if data.name in USUAL_DATA else data.name, set())
+        if data.name == "sample" or others - {data.fingerprint}:
+            needed = "the data of the others" if others else "real data, not the built-in sample"
+            raise UserError(
+                f"{len(missing)} runs of the report are missing, and need {needed}; data/README.md "
+                "says how to get them"
+            )
+    for part, data in loaded:
+        train_many(script, part, data)
 
 
 def write_part(path, part, fields, ending="png"):

@@ -560,6 +560,57 @@ def test_how_long_training_would_take(tmp_path, capsys):
     assert last == f"2 runs to train; some {hours:.1f} hours on this machine"
 
 
+def test_systems_on_other_words_and_of_several_models(tmp_path, monkeypatch, capsys):
+    """Other words' runs have keys of their own; the ensemble is trained last, and takes no time."""
+    systems = (
+        utils.System("together", "--ensemble --seed 42 1", group="beyond"),
+        utils.System("one", "", 2, "beyond"),
+        utils.System("other", "", 1, "beyond", "cats"),
+    )
+    shown, trained = [], []
+
+    def train(script, several, data):
+        for options in several:
+            run, measured = script.make_run(options, data), {"seconds": [3600.0]}
+            trained.append((options.label, options.seed))
+            record = {"config": run.config, "final": {}, "measured": measured}
+            utils.save_record(run.record, record | {"history": {}})
+
+    monkeypatch.setattr(hw2_q3, "SYSTEMS", systems)
+    monkeypatch.setattr(hw2_q3, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr(hw2_q3, "report_parts", lambda records: shown.append(records) or {})
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    monkeypatch.setattr(utils, "write_part", lambda *_: None)
+    monkeypatch.setattr(utils, "train_many", train)
+    for folder, word in (("data", "kat"), ("data/cats", "cats")):
+        (tmp_path / folder).mkdir()
+        for name in ("train", "valid", "test"):
+            (tmp_path / folder / f"{name}.tsv").write_text(f"{' '.join(word)}\t{word}\n")
+    argv = ["--report", "beyond", "--output_dir", str(tmp_path)]
+    hw2_q3.main([*argv, "--dry_run"])
+    assert "4 runs to train" in capsys.readouterr().out
+    hw2_q3.main(argv)
+    assert trained == [("one", 42), ("one", 1), ("other", 42), ("together", [42, 1])]
+    [records] = shown
+    assert {label: len(runs) for label, runs in records.items()} == {
+        "together": 1, "one": 2, "other": 1
+    }  # fmt: skip
+    assert records["other"][0]["config"]["data"]["name"] == "cats"
+    for path in [
+        *tmp_path.glob("figures/runs/*-ensemble-*"),
+        *tmp_path.glob("figures/runs/*-cats-*"),
+    ]:
+        path.unlink()
+    capsys.readouterr()
+    hw2_q3.main([*argv, "--dry_run"])
+    hours = 20 / len(utils.cores())  # of the usual hour an epoch; testing together takes none
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"2 runs to train; some {hours:.1f} hours on this machine"
+    (tmp_path / "data" / "train.tsv").write_text("k\tc\n")
+    with pytest.raises(UserError, match="need the data of the others"):
+        hw2_q3.main(argv)
+
+
 def test_missing_runs_do_not_mix_data(committed, monkeypatch, landscapes_path):
     """Neither samples nor other photographs with those of the records."""
     monkeypatch.setattr(hw2_q2, "DATA_PATH", committed / "nothing.npz")
