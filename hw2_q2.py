@@ -54,7 +54,9 @@ RECIPES = {  # what -recipe says where the command line does not
         "learning_rate": 0.1,
         "momentum": 0.9,
         "schedule": "one_cycle",
+        "epochs": 60,
         "l2_decay": 5e-4,
+        "dropout": 0.0,
         "label_smoothing": 0.1,
         "augment": ["flip", "crop"],
         "at_test": ["mirror"],
@@ -1001,6 +1003,8 @@ def report_parts(records):
         "scrambled": draw_scrambled(records),
         "table scrambled": accuracy_table(every, SCRAMBLED),
         "running-mean": draw_running_mean(records[BEST_PLAIN]),
+        "parameters best": f"{count_parameters(CNN()):,}",
+        "parameters resnet": f"{count_parameters(ResNet()):,}",
         "ladder": draw_ladder(records),
         "table ladder": table(records, LADDER, *LADDER_COLUMNS),
         "table added": gains_table(records, RECIPE_10, ADDED),
@@ -1090,11 +1094,6 @@ def seconds_an_epoch(record):
     return statistics.median(record["measured"]["seconds"])
 
 
-def minutes(record):
-    """How long a run's epochs took together."""
-    return sum(record["measured"]["seconds"]) / 60
-
-
 def field_and_products(model):
     """Pixels across that a position of the last convolution's map depends on, and the
     multiply-adds of one picture's way through the network."""
@@ -1137,7 +1136,7 @@ COLUMNS = {  # of a table: its head, and what it says of a system's runs
     "multiply-adds (millions)": lambda runs: f"{field_and_products(model_of(runs))[1] / 1e6:.1f}",
     "first epoch at .75, each run": each_run(first_epoch, "d"),
     "seconds an epoch, each run": each_run(seconds_an_epoch, ".0f"),
-    "minutes of training": lambda runs: f"{statistics.mean(map(minutes, runs)):.1f}",
+    "minutes of training": lambda runs: f"{statistics.mean(map(utils.minutes, runs)):.1f}",
     "training": lambda runs: utils.mean_sd(accuracy(runs, "train")),
     "validation": lambda runs: utils.mean_sd(accuracy(runs, "val")),
     "test": lambda runs: utils.mean_sd(accuracy(runs, "test")),
@@ -1223,20 +1222,8 @@ def trial_scores(record):
         "its loss (nats)": f"{scores['loss']:.3f}",
         "last five epochs": f"{late(record):.3f}",
         "training": f"{history['train_accuracy'][-1]:.3f}",
-        "minutes": f"{minutes(record):.1f}",
+        "minutes": f"{utils.minutes(record):.1f}",
     }
-
-
-def gain(values, usual):
-    """'difference of two means ± its standard error' over seeds; without the error where either
-    has one value, a dash where it has none."""
-    if not (values and usual):
-        return "–"
-    difference = f"{statistics.mean(values) - statistics.mean(usual):+.3f}"
-    if min(len(values), len(usual)) == 1:
-        return difference
-    squares = sum(statistics.variance(part) / len(part) for part in (values, usual))
-    return f"{difference} ± {math.sqrt(squares):.3f}"
 
 
 def gains_table(records, base, labels):
@@ -1251,7 +1238,7 @@ def gains_table(records, base, labels):
         if runs := with_scores(records[label]):
             cells = []
             for measure in measures:
-                change = gain(measure(runs), measure(usual)) if label != base else ""
+                change = utils.gain(measure(runs), measure(usual)) if label != base else ""
                 cells += [utils.mean_sd(measure(runs)), change]
             rows.append([label, *cells, len(runs)])
     head = "recipe", LATE, "gain", "validation", "gain", "test", "gain", "runs"
@@ -1361,11 +1348,8 @@ def draw_ladder(records):
     if not labels:
         return None
     fig, axes = utils.figure(5.0, 3.6)
-    for label, marker in zip(labels, "osD^"):
-        runs = with_scores(records[label])
-        look = {"color": LOOKS[label]["color"], "markersize": 6, "alpha": 0.8}
-        times, values = list(map(minutes, runs)), accuracy(runs, "test")
-        axes.plot(times, values, marker, label=utils.with_seeds(label, runs), **look)
+    shown = {label: with_scores(records[label]) for label in labels}
+    utils.plot_against_time(axes, shown, lambda run: run["final"]["test"]["accuracy"], LOOKS)
     reported = REPORTED[VARIANT][1]
     axes.axhline(reported, color="0.4", linestyle="--", label=f"the report, {reported:.4f}")
     axes.set(xlabel="Training time on one thread (minutes)", ylabel="Test accuracy")

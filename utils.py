@@ -1417,6 +1417,23 @@ def mean_sd(values, digits=3):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
+def gain(values, usual):
+    """'difference of two means ± its standard error' over seeds; without the error where either
+    has one value, a dash where it has none."""
+    if not (values and usual):
+        return "–"
+    difference = f"{statistics.mean(values) - statistics.mean(usual):+.3f}"
+    if min(len(values), len(usual)) == 1:
+        return difference
+    squares = sum(statistics.variance(part) / len(part) for part in (values, usual))
+    return f"{difference} ± {math.sqrt(squares):.3f}"
+
+
+def minutes(record):
+    """How long a run's epochs took together."""
+    return sum(record["measured"]["seconds"]) / 60
+
+
 def machines(records):
     """Sentences that say on what machines and with which versions the records were made."""
     counts = Counter(
@@ -1507,3 +1524,11 @@ def plot_bands(axes, runs, label, marker=None, first=1, **look):
     table, steps = np.array(runs), range(first, first + len(runs[0]))
     axes.plot(steps, table.mean(0), label=label, marker=marker, **look)
     axes.fill_between(steps, table.min(0), table.max(0), color=look["color"], alpha=0.2, lw=0)
+
+
+def plot_against_time(axes, records, measure, looks):
+    """A mark for each run of {label: records}: measure(record) against the minutes it took."""
+    for (label, runs), marker in zip(records.items(), "osD^vP<>"):
+        look = {"color": looks[label]["color"], "markersize": 6, "alpha": 0.8}
+        name = with_seeds(label, runs)
+        axes.plot(list(map(minutes, runs)), list(map(measure, runs)), marker, label=name, **look)

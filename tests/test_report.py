@@ -147,9 +147,9 @@ def sure(right, wrong, minutes=1):
 
 def test_gains_by_hand():
     """Variances .0002 and .0008 of two runs each: an error of the square root of .0001 + .0004."""
-    assert hw2_q2.gain([0.8, 0.82], [0.7, 0.74]) == "+0.090 ± 0.022"
-    assert hw2_q2.gain([0.8], [0.9, 0.7]) == "+0.000"
-    assert hw2_q2.gain([], [0.9]) == "–"
+    assert utils.gain([0.8, 0.82], [0.7, 0.74]) == "+0.090 ± 0.022"
+    assert utils.gain([0.8], [0.9, 0.7]) == "+0.000"
+    assert utils.gain([], [0.9]) == "–"
     records = {"base": [sure(80, 20), sure(82, 18)], "less": [sure(70, 30)], "none": []}
     *_, first, second = hw2_q2.gains_table(records, "base", ("less", "none")).splitlines()
     assert first == "| base | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 2 |"
