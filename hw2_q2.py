@@ -1344,12 +1344,15 @@ def pool_bin(rows, least=20):
 
 def draw_ladder(records):
     """Test accuracy against training time, a mark a run, from the report's own number on."""
-    labels = [label for label in LADDER if with_scores(records[label])]
-    if not labels:
+    points = {
+        label: (list(map(utils.minutes, runs)), accuracy(runs, "test"))
+        for label in LADDER
+        if (runs := with_scores(records[label]))
+    }
+    if not points:
         return None
     fig, axes = utils.figure(5.0, 3.6)
-    shown = {label: with_scores(records[label]) for label in labels}
-    utils.plot_against_time(axes, shown, lambda run: run["final"]["test"]["accuracy"], LOOKS)
+    utils.plot_against_time(axes, points, LOOKS)
     reported = REPORTED[VARIANT][1]
     axes.axhline(reported, color="0.4", linestyle="--", label=f"the report, {reported:.4f}")
     axes.set(xlabel="Training time on one thread (minutes)", ylabel="Test accuracy")

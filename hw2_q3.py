@@ -1067,11 +1067,46 @@ def plot_attention(record):
 # report
 
 PLAIN, ATTENTION = "no attention", "attention"
-SYSTEMS = utils.System(PLAIN, ""), utils.System(ATTENTION, "--use_attn")
+BEST, TOGETHER = "best recipe", "best recipe, five models together"
+ALL, ALL_TOGETHER = "all of WikiPron", "all of WikiPron, three models together"
+STEPS = {  # from the report's model with attention to the best recipe, each with those before
+    "+ one cycle, 30 epochs": "--schedule one_cycle --n_epochs 30",
+    "+ smoothed labels": "--label_smoothing 0.1",
+    "+ 256 wide": "--hidden_size 256",
+    "+ two layers": "--layers 2",
+}
+LANGUAGES = {"UK English": "uk", "Portuguese": "portuguese"}
+EQUAL, PRONOUNCED = "attention, input feeding", "pronounced (g2p)"
+LONG = "--recipe best --n_epochs 12"
+SYSTEMS = (
+    utils.System(PLAIN, ""),
+    utils.System(ATTENTION, "--use_attn"),
+    utils.System(EQUAL, "--use_attn --input_feeding", 3, "beyond"),
+    *(
+        utils.System(name, " ".join(["--use_attn", *list(STEPS.values())[: i + 1]]), 3, "beyond")
+        for i, name in enumerate(STEPS)
+    ),
+    utils.System(BEST, "--recipe best", 5, "beyond"),
+    utils.System(TOGETHER, "--recipe best --ensemble --seed 42 1 2 3 4", group="beyond"),
+    utils.System(ALL, LONG, 3, "beyond", "us-all"),
+    utils.System(ALL_TOGETHER, f"{LONG} --ensemble --seed 42 1 2", 3, "beyond", "us-all"),
+    utils.System(PRONOUNCED, "--recipe best --direction g2p", 2, "beyond"),
+    *(
+        utils.System(name, "--recipe best", 2, "beyond", folder)
+        for name, folder in LANGUAGES.items()
+    ),
+)
 LOOKS = {  # of a system's lines
     PLAIN: {"color": utils.BLUE, "linestyle": "--"},
     ATTENTION: {"color": utils.VERMILION},
+    EQUAL: {"color": utils.PURPLE},
+    BEST: {"color": utils.BLUE},
+    TOGETHER: {"color": utils.SKY},
+    ALL: {"color": utils.GREEN},
+    ALL_TOGETHER: {"color": utils.ORANGE},
 }
+LADDER = ATTENTION, EQUAL, BEST, TOGETHER, ALL, ALL_TOGETHER
+MEMBERS = {TOGETHER: BEST, ALL_TOGETHER: ALL}
 # The original report's rows: (system, way of spelling) -> test CER, WER, WER@3.
 REPORTED = {
     (PLAIN, "greedy"): (0.4354, 0.9040, None),
@@ -1121,9 +1156,13 @@ def report_parts(records):
         "wer-at-k": draw_candidates(scored[ATTENTION]),
         "table examples": example_table(first),
         "examples right": count_right_examples(scored[ATTENTION]),
-        "lengths": draw_lengths(scored),
-        "table kinds": kind_table(scored),
+        "lengths": draw_lengths({label: scored[label] for label in (PLAIN, ATTENTION)}),
+        "table kinds": kind_table({label: scored[label] for label in (PLAIN, ATTENTION)}),
         "table mistakes": mistake_table(scored[ATTENTION]),
+        "ladder": draw_ladder(scored),
+        "table ladder": results_table(scored, LADDER),
+        "table steps": steps_table(scored),
+        "table others": results_table(scored, (PRONOUNCED, *LANGUAGES)),
         "machines": utils.machines(r for runs in records.values() for r in runs),
     }
 
@@ -1302,6 +1341,75 @@ def draw_lengths(scored, shortest=3, longest=14):
     panels[2].bar(steps, list(map(len, groups)), color="0.7")
     panels[2].set(ylabel="Test words")
     panels[2].set(xlabel=f"Letters a word ({shortest}: or fewer, {longest}: or more)")
+    utils.legend_above(fig, panels[0])
+    return fig
+
+
+def minutes(scored, label):
+    """How long the runs of a system took, each; an ensemble's is the time of its members."""
+    if label in MEMBERS:
+        together = sum(map(utils.minutes, scored[MEMBERS[label]]))
+        return [together] * len(scored[label])
+    return list(map(utils.minutes, scored[label]))
+
+
+RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")
+RESULT_COLUMNS = tuple(f"{way}, {measure.upper()}" for way, measure in RESULTS)
+
+
+def results(runs):
+    """What RESULT_COLUMNS say of a system's runs."""
+    return [
+        utils.mean_sd([error(run["final"], way, measure) for run in runs])
+        for way, measure in RESULTS
+    ]
+
+
+def results_table(scored, labels):
+    """Test error rates of these systems; of pronounced words CER is the phonemes' rate."""
+    rows = []
+    for label in labels:
+        if runs := scored[label]:
+            size, took = f"{runs[0]['parameters']:,}", f"{np.mean(minutes(scored, label)):.1f}"
+            rows.append([label, size, took, *results(runs), len(runs)])
+    head = "system", "parameters", "minutes", *RESULT_COLUMNS, "runs"
+    return utils.markdown_table(head, rows)
+
+
+def steps_table(scored):
+    """What each step from the report's model to the best recipe gains, by validation CER."""
+    rows, before = [], []
+    for label in (ATTENTION, *STEPS, BEST):
+        if runs := scored[label]:
+            valid = [min(run["history"]["val_cer"]) for run in runs]
+            change = utils.gain(valid, before) if before else ""
+            took = f"{np.mean(minutes(scored, label)):.1f}"
+            row = label, took, utils.mean_sd(valid), change, *results(runs), len(runs)
+            rows.append(row)
+            before = valid
+    head = "system", "minutes", "validation CER", "change", *RESULT_COLUMNS, "runs"
+    return utils.markdown_table(head, rows)
+
+
+def draw_ladder(scored):
+    """Test CER and WER of the beam's first spelling against training time, a mark a run, and the
+    original report's; None without runs beyond the report's."""
+    shown = [label for label in LADDER if scored[label]]
+    if not set(shown) - {ATTENTION}:
+        return None
+    fig, panels = utils.figure(5.0, 6.0, 2, 1, sharex=True)
+    for axes, measure, reported in zip(panels, ("cer", "wer"), REPORTED[ATTENTION, "greedy"]):
+        points = {
+            label: (
+                minutes(scored, label),
+                [error(run["final"], "beam", measure) for run in scored[label]],
+            )
+            for label in shown
+        }
+        utils.plot_against_time(axes, points, LOOKS)
+        axes.axhline(reported, color="0.4", linestyle="--", label="the report, greedy")
+        axes.set(ylabel=f"Test {measure.upper()}, beam of 5", xscale="log")
+    panels[1].set(xlabel="Training time on one thread (minutes)")
     utils.legend_above(fig, panels[0])
     return fig
 

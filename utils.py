@@ -1526,9 +1526,8 @@ def plot_bands(axes, runs, label, marker=None, first=1, **look):
     axes.fill_between(steps, table.min(0), table.max(0), color=look["color"], alpha=0.2, lw=0)
 
 
-def plot_against_time(axes, records, measure, looks):
-    """A mark for each run of {label: records}: measure(record) against the minutes it took."""
-    for (label, runs), marker in zip(records.items(), "osD^vP<>"):
+def plot_against_time(axes, points, looks):
+    """A mark for each run of {label: (minutes, values)}."""
+    for (label, (times, values)), marker in zip(points.items(), "osD^vP<>"):
         look = {"color": looks[label]["color"], "markersize": 6, "alpha": 0.8}
-        name = with_seeds(label, runs)
-        axes.plot(list(map(minutes, runs)), list(map(measure, runs)), marker, label=name, **look)
+        axes.plot(times, values, marker, label=with_seeds(label, values), **look)

@@ -200,6 +200,40 @@ def test_the_ladder_shows_the_records(beyond):
     assert list(reported.get_ydata()) == [0.746, 0.746]
 
 
+def spelled(distances, ranks, cer, took):
+    """A record of question 3 with words of four letters each."""
+    scores = {"distances": distances, "ranks": ranks}
+    final = {"lengths": [4] * len(ranks), "greedy": scores, "beam": scores}
+    history, measured = {"val_cer": cer}, {"seconds": [took * 60.0]}
+    return {"final": final, "history": history, "measured": measured, "parameters": 1234}
+
+
+def test_the_speller_beyond_the_report_by_hand():
+    """Half and three quarters of the letters wrong; the first of two words right, or neither."""
+    scored = {system.label: [] for system in hw2_q3.SYSTEMS}
+    scored[hw2_q3.ATTENTION] = [spelled([2, 4], [3, 0], [0.5, 0.4, 0.6], 3)]
+    assert hw2_q3.draw_ladder(scored) is None
+    assert hw2_q3.results_table(scored, [hw2_q3.BEST]) is None
+    better = spelled([0, 4], [1, 0], [0.3], 5), spelled([0, 4], [1, 0], [0.2], 6)
+    scored[hw2_q3.BEST] = list(better)
+    scored[hw2_q3.TOGETHER] = [spelled([0, 0], [1, 1], [], 0)]
+    labels = hw2_q3.ATTENTION, hw2_q3.TOGETHER
+    *_, first, second = hw2_q3.results_table(scored, labels).splitlines()
+    errors = "0.750 | 1.000 | 0.750 | 1.000 | 0.500"
+    assert first == f"| {hw2_q3.ATTENTION} | 1,234 | 3.0 | {errors} | 1 |"
+    assert second.startswith(f"| {hw2_q3.TOGETHER} | 1,234 | 11.0 | 0.000 | ")
+    *_, first, second = hw2_q3.steps_table(scored).splitlines()
+    assert first == f"| {hw2_q3.ATTENTION} | 3.0 | 0.400 |  | {errors} | 1 |"
+    start = f"| {hw2_q3.BEST} | 5.5 | 0.250 ± 0.071 | -0.150 | 0.500 ± 0.000 | 0.500"
+    assert second.startswith(start)
+    for axes, values in zip(hw2_q3.draw_ladder(scored).axes, ([0.75, 0.5, 0], [1, 0.5, 0])):
+        *lines, reported = axes.get_lines()
+        times = [list(line.get_xdata()) for line in lines]
+        assert times == [[3], [5, 6], [11]]
+        assert [line.get_ydata()[0] for line in lines] == values
+        assert reported.get_ydata()[0] in hw2_q3.REPORTED[hw2_q3.ATTENTION, "greedy"]
+
+
 PARSERS = {
     "hw2_q2.py": hw2_q2.parse_options,
     "hw2_q3.py": hw2_q3.parse_options,
