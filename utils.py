@@ -225,6 +225,7 @@ def chosen_options(options, names, later):
 def run_script(main):
     """Run `main()`; what a user can mend or asked for ends with one line and status 2 or 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as tidily as by Ctrl-C
+    commit()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and not stream.isatty():  # Windows has another default
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -942,13 +943,15 @@ def measured(device, seconds):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _commit():
-    """The commit of the code, '-dirty' behind it where it was changed since; None without one."""
+@functools.cache
+def commit():
+    """The commit of the code, '-dirty' behind it where it was changed since; None without one. As
+    it was at the first call, for an update does not change a process that runs."""
     if not (ROOT / ".git").exists():  # a folder above this may have commits of its own
         return None
     command = "git", "describe", "--always", "--exclude=*", "--dirty"

@@ -354,6 +354,7 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch):
         subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True)
 
     def commit():
+        utils.commit.cache_clear()
         return utils.measured(torch.device("cpu"), [])["commit"]
 
     monkeypatch.setattr(utils, "ROOT", tmp_path)
@@ -370,7 +371,9 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("2")
     assert commit() == f"{clean}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert utils.measured(torch.device("cpu"), [])["commit"] == f"{clean}-dirty"  # still
     assert commit() is None  # no git
+    utils.commit.cache_clear()
 
 
 def test_record_round_trip(tmp_path):
