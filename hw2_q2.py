@@ -59,7 +59,7 @@ RECIPES = {  # what -recipe says where the command line does not
         "dropout": 0.0,
         "label_smoothing": 0.1,
         "augment": ["flip", "crop"],
-        "at_test": ["mirror"],
+        "at_test": ["mirror", "shift"],
     },
 }
 # Those about where and how a run is made, which change no result.
@@ -73,6 +73,7 @@ AUGMENTATIONS = {  # of torchvision.transforms.v2
 }
 AT_TEST = {
     "mirror": "the mean of the probabilities for a picture and its mirror image",
+    "shift": "the mean of those for a picture as it is and 2 pixels up, down, left and right",
     "refresh": "batch norm with statistics taken anew, without dropout, after each epoch",
 }
 
@@ -175,8 +176,8 @@ def _settle(parser, options):
         getattr(options, name) != usual for name, usual in CNN_OPTIONS.items()
     ):
         parser.error("-model resnet has its own shape; of the network's options only -dropout fits")
-    if options.scramble_pixels and (options.augment or "mirror" in options.at_test):
-        parser.error("-scramble_pixels leaves no picture that -augment or a mirror could change")
+    if options.scramble_pixels and (options.augment or set(VIEWS) & set(options.at_test)):
+        parser.error("-scramble_pixels leaves no picture that -augment or a view could change")
     if options.momentum and options.optimizer != "sgd":
         parser.error("-momentum goes with -optimizer sgd; with adam, -momentum 0")
     if "refresh" in options.at_test and not options.batch_norm:
@@ -267,6 +268,16 @@ class WideLinear(nn.Linear):
         return _StepInBackward.apply(x, self.weight.detach(), self.bias, self.lr, self.decay)
 
 
+def move(images, dimension, distance):
+    """Pictures (B, 3, H, W) moved by some pixels along a dimension, the border repeated."""
+    places = torch.arange(images.shape[dimension], device=images.device) + distance
+    return images.index_select(dimension, places.clamp(0, images.shape[dimension] - 1))
+
+
+VIEWS = {  # what else than a picture itself is seen of it
+    "mirror": lambda images: [images.flip(3)],
+    "shift": lambda images: [move(images, side, step) for side in (2, 3) for step in (-2, 2)],
+}
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations of its pixels
 
 
@@ -276,22 +287,26 @@ class Classifier(nn.Module):
 
     pixels: 'normalized' takes ImageNet's mean from them and divides by its deviation.
     precision: 'bfloat16' computes the convolutions in it.
-    mirror: in evaluation, the mean of the probabilities for a picture and its mirror image.
+    views: of VIEWS; in evaluation, the mean of a picture's probabilities when seen in all of these.
     """
 
-    def __init__(self, pixels, precision, mirror):
+    def __init__(self, pixels, precision, views):
         super().__init__()
-        self.pixels, self.precision, self.mirror = pixels, precision, mirror
+        self.pixels, self.precision, self.views = pixels, precision, views
         for name, values in zip(("mean", "deviation"), IMAGENET):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, x):
-        if self.training or not self.mirror:
+        if self.training or not self.views:
             return self.log_probs(x)
-        return torch.logaddexp(self.log_probs(x), self.log_probs(x.flip(3))) - math.log(2)
+        seen = [x]
+        for view in self.views:
+            seen += [other for image in seen for other in VIEWS[view](image)]
+        log_probs = torch.stack([self.log_probs(image) for image in seen])  # (views, B, 6)
+        return log_probs.logsumexp(0) - math.log(len(seen))
 
     def log_probs(self, x):
-        """Those of the pictures as they are, not mirrored."""
+        """Those of the pictures as they are."""
         if self.pixels == "normalized":
             x = (x - self.mean) / self.deviation
         with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
@@ -312,9 +327,9 @@ class CNN(Classifier):
     def __init__(
         self, batch_norm=True, head="gap", pool="max", kernel_size=3, dropout=0.1, convs=1,
         channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
-        pixels="unit", precision="float32", mirror=False,
+        pixels="unit", precision="float32", views=(),
     ):  # fmt: skip
-        super().__init__(pixels, precision, mirror)
+        super().__init__(pixels, precision, views)
         if kernel_size == SIZE:
             channels = channels[0], channels[-1]
         blocks = []
@@ -368,9 +383,9 @@ class ResNet(Classifier):
 
     def __init__(
         self, channels=(32, 64, 128, 160), depths=(1, 2, 2, 1), dropout=0.1,
-        pixels="unit", precision="float32", mirror=False,
+        pixels="unit", precision="float32", views=(),
     ):  # fmt: skip
-        super().__init__(pixels, precision, mirror)
+        super().__init__(pixels, precision, views)
         blocks = []
         for c_in, c_out, depth in zip((3, *channels), channels, depths):
             blocks.append(ConvBlock(c_in, c_out, 3, True, "max", dropout))
@@ -389,7 +404,7 @@ def build_model(options):
     options = LATER_OPTIONS | options
     kind, names = {"cnn": (CNN, CNN_OPTIONS), "resnet": (ResNet, ())}[options["model"]]
     chosen = {name: options[name] for name in (*names, "dropout", "pixels", "precision")}
-    model = kind(**chosen, mirror="mirror" in options["at_test"])
+    model = kind(**chosen, views=[view for view in options["at_test"] if view in VIEWS])
     return model.to(memory_format=torch.channels_last)
 
 
@@ -587,21 +602,29 @@ def refresh_norms(model, images, count=4096):
         norm.train()
     rows = torch.randperm(len(images), device=images.device)[:count]
     for batch in rows.split(batch_sizes(len(rows), 64)):
-        model(as_input(images[batch]))
+        model.log_probs(as_input(images[batch]))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 
 
 @torch.inference_mode()
-def predict(model, images, batch_size=64):
-    """Log-probabilities (N, 6), on the CPU, of uint8 pictures (N, 3, 48, 48)."""
+def predict(model, images, batch_size=64, as_is=False):
+    """Log-probabilities (N, 6), on the CPU, of uint8 pictures (N, 3, 48, 48), seen in all the ways
+    of the model's views, or only as they are."""
     model.eval()
-    return torch.cat([model(as_input(batch)) for batch in images.split(batch_size)]).cpu()
+    look = model.log_probs if as_is else model
+    return torch.cat([look(as_input(batch)) for batch in images.split(batch_size)]).cpu()
 
 
-def evaluate(model, images, labels):
-    """Mean loss (nats), accuracy (0..1) and the confusion matrix, rows true, columns predicted."""
-    log_probs, labels = predict(model, images), labels.cpu()
+def evaluate(model, images, labels, as_is=False):
+    """judge() of pictures seen as predict() sees them."""
+    return judge(predict(model, images, as_is=as_is), labels)
+
+
+def judge(log_probs, labels):
+    """Mean loss (nats), accuracy (0..1) and the confusion matrix, rows true, columns predicted, of
+    log-probabilities (N, 6), on the CPU."""
+    labels = labels.cpu()
     return {
         "loss": F.nll_loss(log_probs, labels).item(),
         "accuracy": (log_probs.argmax(1) == labels).sum().item() / len(labels),
@@ -626,15 +649,16 @@ def disputed_labels(images, labels, training):
     )
 
 
-def certainty(model, images, labels, training, bins=10, sure=0.9):
-    """How far the probability of the predicted class can be believed (Guo et al. 2017, section 2).
+def certainty(log_probs, images, labels, training, bins=10, sure=0.9):
+    """How far the probability of the predicted class can be believed (Guo et al. 2017, section 2),
+    by log-probabilities (N, 6), on the CPU, of pictures (N, 3, 48, 48).
 
     calibration: for each of the bins of that probability [pictures, their mean probability, the
     share of them that is right]; confident: the confusion matrix of those of at least `sure`;
     disputed: of the pictures that the training ones have under another label [all, those taken for
     another class, those of at least `sure` among these].
     """
-    log_probs, labels = predict(model, images), labels.cpu()
+    labels = labels.cpu()
     found, predicted = log_probs.exp().max(1)
     right, rows = (predicted == labels).float(), []
     places = (found * bins).long().clamp(max=bins - 1)
@@ -653,15 +677,13 @@ def certainty(model, images, labels, training, bins=10, sure=0.9):
 def moved_accuracies(model, images, labels, most=4):
     """Accuracies on pictures moved by 0, 1, ... `most` pixels, each the mean of up, down, left and
     right; the border is repeated."""
-    places = torch.arange(SIZE, device=images.device)
-    accuracies = [evaluate(model, images, labels)["accuracy"]]
+    accuracies = [evaluate(model, images, labels, as_is=True)["accuracy"]]
     for distance in range(1, most + 1):
-        scores = []
-        for step in (-distance, distance):
-            rows = (places + step).clamp(0, SIZE - 1)
-            for dimension in (2, 3):
-                moved = images.index_select(dimension, rows)
-                scores.append(evaluate(model, moved, labels)["accuracy"])
+        scores = [
+            evaluate(model, move(images, dimension, step), labels, as_is=True)["accuracy"]
+            for step in (-distance, distance)
+            for dimension in (2, 3)
+        ]
         accuracies.append(sum(scores) / len(scores))
     return accuracies
 
@@ -673,7 +695,8 @@ def size_accuracies(model, images, labels, sizes=(32, 48, 64, 96)):
         shape, correct = {"size": (size, size), "mode": "bilinear", "antialias": True}, 0
         for batch, truth in zip(images.split(16), labels.cpu().split(16)):  # the maps are large
             resized = F.interpolate(batch.float(), **shape).round()
-            correct += (predict(model, resized).argmax(1) == truth).sum().item()
+            found = predict(model, resized, as_is=True).argmax(1)
+            correct += (found == truth).sum().item()
         accuracies[str(size)] = correct / len(labels)
     return accuracies
 
@@ -710,7 +733,7 @@ def fit(run, model, optimizer, splits, options):
             return history, seconds, diverged.batch
         if "refresh" in options.at_test:
             refresh_norms(model, splits["train"][0])
-        valid = evaluate(model, *splits["val"])
+        valid = evaluate(model, *splits["val"], as_is=True)
         if not math.isfinite(valid["loss"]):  # the last step ruined the weights
             return history, seconds, len(sizes)
         row = {"train_loss": loss, "train_accuracy": accuracy}
@@ -758,19 +781,19 @@ def train(run, data, device, options):
 
 
 def score(model, splits, options):
-    """A run's final scores: each split's, and what the report says of the test pictures. Moved and
-    resized ones are seen without their mirror images, which would take twice as long."""
-    final = {split: evaluate(model, *splits[split]) for split in utils.SPLITS}
-    test = splits["test"]
-    final["test"] |= certainty(model, *test, splits["train"])
-    mirror, model.mirror = model.mirror, False
-    for split in utils.SPLITS if mirror else ():
-        final[split]["unmirrored"] = evaluate(model, *splits[split])["accuracy"]
+    """A run's final scores: each split's, and what the report says of the test pictures. Training
+    pictures, moved and resized ones are seen as they are, whatever the model's views."""
+    final, test = {"train": evaluate(model, *splits["train"], as_is=True)}, splits["test"]
+    log_probs = {split: predict(model, splits[split][0]) for split in ("val", "test")}
+    for split, found in log_probs.items():
+        final[split] = judge(found, splits[split][1])
+        if model.views:
+            final[split]["as_is"] = evaluate(model, *splits[split], as_is=True)["accuracy"]
+    final["test"] |= certainty(log_probs["test"], *test, splits["train"])
     if not options.scramble_pixels:
         final["test"]["moved"] = moved_accuracies(model, *test)
         if options.head == "gap" and options.kernel_size != SIZE:
             final["test"]["sizes"] = size_accuracies(model, *test)
-    model.mirror = mirror
     return final
 
 
@@ -1009,7 +1032,7 @@ def report_parts(records):
         "table ladder": table(records, LADDER, *LADDER_COLUMNS),
         "table added": gains_table(records, RECIPE_10, ADDED),
         "table left out": gains_table(records, BEST_20, LEFT_OUT),
-        "mirror": mirror_gain(records),
+        "views": views_gain(records),
         "calibration": draw_calibration(records),
         "table classes": classes_table(records),
         "table mistakes": mistakes_table(records[BEST]),
@@ -1245,18 +1268,17 @@ def gains_table(records, base, labels):
     return utils.markdown_table(head, rows)
 
 
-def mirror_gain(records):
-    """What the mean over mirror images adds to the accuracies of the networks that use it, as
-    words; None without such runs."""
+def views_gain(records):
+    """What the views at test add to the accuracies of the networks that have them, as words; None
+    without such runs."""
     runs = [run for label in (BEST, BEST_RESNET, BEST_20) for run in with_scores(records[label])]
     if not runs:
         return None
     finals = [run["final"] for run in runs]
-    gains = [
-        [final[split]["accuracy"] - final[split]["unmirrored"] for final in finals]
+    valid, test = (
+        utils.mean_sd([final[split]["accuracy"] - final[split]["as_is"] for final in finals])
         for split in ("val", "test")
-    ]
-    valid, test = map(utils.mean_sd, gains)
+    )
     return f"{valid} (validation) and {test} (test, {len(runs)} networks)"
 
 

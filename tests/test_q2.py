@@ -278,15 +278,21 @@ def test_the_residual_network_by_hand(capsys):
     assert model(torch.rand(2, 3, 96, 64)).shape == (2, 6)
 
 
-def test_predictions_with_the_mirror_image_are_the_mean_of_both():
+def test_predictions_with_views_are_the_mean_of_all():
     torch.manual_seed(0)
     model, images = hw2_q2.build_model(options("-at_test", "mirror")), torch.rand(3, 3, 48, 48)
-    assert torch.equal(model.eval()(images), model(images.flip(3)))
+    torch.testing.assert_close(model.eval()(images), model(images.flip(3)))
     both = (model.log_probs(images).exp() + model.log_probs(images.flip(3)).exp()) / 2
     torch.testing.assert_close(model(images).exp(), both)
     assert not torch.allclose(model(images), model.log_probs(images))
-    model = hw2_q2.build_model(options("-at_test", "mirror", "-dropout", 0)).train()
-    assert torch.equal(model(images), model.log_probs(images))  # in training as they are
+    model = hw2_q2.build_model(options("-at_test", "mirror", "shift", "-dropout", 0))
+    assert torch.equal(model.train()(images), model.log_probs(images))  # in training as they are
+    padded = F.pad(images, (2, 2, 2, 2), mode="replicate")
+    sides = (2, 2), (0, 2), (4, 2), (2, 0), (2, 4)
+    moved = [padded[:, :, y : y + 48, x : x + 48] for y, x in sides]
+    seen = [*moved, *(image.flip(3) for image in moved)]
+    mean = sum(model.eval().log_probs(image).exp() for image in seen) / 10
+    torch.testing.assert_close(model(images).exp(), mean)
 
 
 def test_normalized_pixels_by_hand():
@@ -802,19 +808,14 @@ def test_scrambled_pixels_change_the_training(train):
 
 
 def test_certainty_by_hand():
-    class Fixed(nn.Module):
-        """Takes every picture for class 1, the brighter, the surer."""
-
-        def forward(self, x):
-            sure = x[:, 0, 0, 0].unsqueeze(1)
-            others = (1 - sure) / 5
-            return torch.cat((others, sure, *[others] * 4), 1).log()
-
+    """All are taken for class 1, the brighter, the surer."""
     images = torch.zeros(5, 3, 48, 48, dtype=torch.uint8)
     images[:, :, 0, 0] = torch.tensor([255, 242, 243, 140, 128]).unsqueeze(1)
+    sure = images[:, 0, 0, 0].unsqueeze(1) / 255
+    log_probs = torch.cat(((1 - sure) / 5, sure, *[(1 - sure) / 5] * 4), 1).log()
     training = images.clone(), torch.tensor([1, 0, 2, 1, 1])  # the third and fifth disagree
     training[0][3] = 7  # not the same picture
-    found = hw2_q2.certainty(Fixed(), images, torch.tensor([1, 0, 1, 1, 2]), training)
+    found = hw2_q2.certainty(log_probs, images, torch.tensor([1, 0, 1, 1, 2]), training)
     rows = found["calibration"]
     assert [row[0] for row in rows] == [0, 0, 0, 0, 0, 2, 0, 0, 0, 3]
     assert rows[5] == [2, pytest.approx(134 / 255), 0.5]
@@ -824,27 +825,31 @@ def test_certainty_by_hand():
     assert (confident[1, 1], confident[0, 1], confident.sum()) == (2, 1, 3)
     assert found["disputed"] == [2, 1, 0]  # the fifth is taken for 1, but not surely
     same = images[1:2].expand(2, -1, -1, -1)  # under both labels
-    found = hw2_q2.certainty(Fixed(), images, torch.zeros(5).long(), (same, torch.tensor([0, 1])))
+    both = same, torch.tensor([0, 1])
+    found = hw2_q2.certainty(log_probs, images, torch.zeros(5).long(), both)
     assert found["disputed"] == [1, 1, 1]
 
 
-def test_a_run_with_mirror_images_is_also_scored_without(train, landscapes, tmp_path):
-    record, _ = train("-recipe", "best", "-batch_size", 9)
+def test_a_run_with_views_is_also_scored_without(train, landscapes, tmp_path):
+    record, _ = train("-recipe", "best", "-batch_size", 9, "-epochs", 1)
     [path] = tmp_path.glob("out/checkpoints/*.pt")
     model, _ = hw2_q2.load_network(path)
-    assert model.mirror
-    for split, scores in record["final"].items():
+    assert model.views == ["mirror", "shift"]
+    for split in ("val", "test"):
+        scores = record["final"][split]
         assert scores["accuracy"] == hw2_q2.evaluate(model, *landscapes.splits[split])["accuracy"]
-    model.mirror = False
+    model.views = []
     for split, scores in record["final"].items():
         alone = hw2_q2.evaluate(model, *landscapes.splits[split])["accuracy"]
-        assert scores["unmirrored"] == alone
+        assert scores["accuracy" if split == "train" else "as_is"] == alone
+    assert record["final"]["test"]["moved"][0] == record["final"]["test"]["as_is"]
+    assert record["history"]["val_accuracy"][-1] == record["final"]["val"]["as_is"]
 
 
 class Brightest(torch.nn.Module):
     """Takes a picture for class 1 if its pixel in the middle is white, else for class 0."""
 
-    def forward(self, x):
+    def log_probs(self, x):
         row, column = x.shape[2] // 2, x.shape[3] // 2
         white = x[:, 0, row, column] > 0.5  # (B,)
         return torch.nn.functional.one_hot(white.long(), 6).float()

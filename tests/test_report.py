@@ -139,7 +139,7 @@ def sure(right, wrong, minutes=1):
         "confident": [[9, 2, 0, 0, 0, 0], *[[0, 1, 0, 0, 0, 0]] * 5],
         "calibration": [[0, None, None], [40, 0.25, 0.5], [60, 0.75, 0.75]],
         "disputed": [3, 2, 1],
-        "unmirrored": record["final"]["test"]["accuracy"] - 0.01,
+        "as_is": record["final"]["test"]["accuracy"] - 0.01,
     }
     final = {"val": test, "test": test}
     return record | {"final": final, "measured": {"seconds": [30.0] * 2 * minutes}}
@@ -177,7 +177,7 @@ def test_mistakes_by_hand(beyond):
     assert "1.0 with such a probability: 15.4% of the mistakes" in text
     first = hw2_q2.mistakes_table(runs).splitlines()[2]
     assert first == "| buildings | forest | 2.0 | 9.0 |"
-    assert "0.010 ± 0.000 (validation)" in hw2_q2.mirror_gain(beyond)
+    assert "0.010 ± 0.000 (validation)" in hw2_q2.views_gain(beyond)
     assert (
         hw2_q2.classes_table(beyond).splitlines()[3].startswith("| best recipe, 20 epochs | 0.880")
     )
