@@ -1,7 +1,7 @@
 """Make data/train.tsv, valid.tsv and test.tsv from one of WikiPron's lists of pronunciations.
 
     python -m data.prepare_pronunciations --language eng_latn_us_broad   fetch US English (2 MB)
-    python -m data.prepare_pronunciations --language por_latn_po_broad   or Portuguese, or ...
+    python -m data.prepare_pronunciations --language por_latn_po_broad --output_dir data/portuguese
     python -m data.prepare_pronunciations --tsv my_words.tsv             from a file you have
     python -m data.prepare_pronunciations --tsv us.tsv --train all --keep data --output_dir us
 
@@ -55,6 +55,8 @@ def parse_options(argv=None):
     parser.add_argument("--keep", type=Path, metavar="DIR", help=keep)
     folder = "where the three files are written (default: data/)"
     parser.add_argument("--output_dir", type=Path, default=utils.ROOT / "data", help=folder)
+    replace = "replace files that are there and have other words"
+    parser.add_argument("--replace", action="store_true", help=replace)
     options = parser.parse_args(argv)
     outputs = [options.output_dir / f"{split}.tsv" for split in ("train", "valid", "test")]
     if options.tsv and options.tsv.resolve() in [path.resolve() for path in outputs]:
@@ -101,13 +103,21 @@ def split_beside(pairs, folder, size, seed):
     return splits | split_by_spelling(left, {"train": size}, seed)
 
 
-def write_splits(folder, splits):
-    """Write the three files, all before any takes its name: old and new ones must not mix."""
-    parts = {split: folder / f".{split}.part.tsv" for split in ("train", "valid", "test")}
+def write_splits(folder, splits, replace):
+    """Write the three files, all before any takes its name: old and new ones must not mix. Raises
+    UserError where one is there that says something else, but for `replace`."""
+    contents = {
+        split: "".join(f"{phonemes}\t{spelling}\n" for phonemes, spelling in splits[split]).encode()
+        for split in ("train", "valid", "test")
+    }
+    for split, content in contents.items():
+        path = folder / f"{split}.tsv"
+        if not replace and path.exists() and path.read_bytes() != content:
+            raise UserError(f"{path}: has other words; --replace, or another --output_dir")
+    parts = {split: folder / f".{split}.part.tsv" for split in contents}
     try:
         for split, part in parts.items():
-            lines = "".join(f"{phonemes}\t{spelling}\n" for phonemes, spelling in splits[split])
-            utils.write_file(part, lambda file, text=lines: file.write_bytes(text.encode()))
+            utils.write_file(part, lambda file, split=split: file.write_bytes(contents[split]))
         for split, part in parts.items():
             part.replace(folder / f"{split}.tsv")
             print(f"Wrote {len(splits[split]):,} pairs to {folder / f'{split}.tsv'}")
@@ -131,7 +141,7 @@ def main(argv=None):
         test, valid = options.test or 1000, options.valid or 1000
         sizes = {"test": test, "valid": valid, "train": options.train}
         splits = split_by_spelling(pairs, sizes, options.seed)
-    write_splits(options.output_dir, splits)
+    write_splits(options.output_dir, splits, options.replace)
 
 
 if __name__ == "__main__":

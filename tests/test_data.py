@@ -366,6 +366,18 @@ def test_all_that_is_left_can_be_trained_on(tmp_path):
     assert [len(data.splits[split]) for split in utils.SPLITS] == [80 - 16, 7, 9]
 
 
+def test_other_words_that_are_there_are_not_replaced_unasked(tmp_path, fails):
+    write_wikipron(tmp_path / "all.tsv")
+    argv = ["--tsv", tmp_path / "all.tsv"]
+    first = prepare_words(tmp_path / "a", *argv).fingerprint
+    assert prepare_words(tmp_path / "a", *argv).fingerprint == first  # the same again
+    sizes = "--train", 40, "--valid", 7, "--test", 9, "--output_dir", tmp_path / "a"
+    line = fails(prepare_pronunciations.main, [*argv, *sizes, "--seed", 1])
+    assert "train.tsv: has other words; --replace" in line
+    assert utils.load_pronunciations(tmp_path / "a").fingerprint == first
+    assert prepare_words(tmp_path / "a", *argv, "--seed", 1, "--replace").fingerprint != first
+
+
 def test_more_to_train_on_for_the_same_test_words(tmp_path):
     write_wikipron(tmp_path / "all.tsv")
     few = prepare_words(tmp_path / "few", "--tsv", tmp_path / "all.tsv")
