@@ -209,9 +209,12 @@ def add_recipe_options(group, dash, recipes):
 
 
 def parse_with_recipe(parser, recipes, argv):
-    """The command line as a namespace, what it leaves open as the recipe says that it names."""
-    recipe = parser.parse_args(argv).recipe
-    parser.set_defaults(**recipes[recipe])
+    """The command line as a namespace, what it leaves open as the recipe says that it names; so
+    says -h, too."""
+    [option] = [action.option_strings[0] for action in parser._actions if action.dest == "recipe"]
+    first = Parser(prog=parser.prog, add_help=False)
+    first.add_argument(option, dest="recipe")
+    parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].recipe, {}))
     return parser.parse_args(argv)
 
 

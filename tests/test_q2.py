@@ -112,6 +112,9 @@ def test_a_recipe_is_the_defaults_of_its_options():
 
 
 def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        options("-recipe", "best", "-h")
+    assert f"default: {hw2_q2.RECIPES['best']['epochs']})" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         options("-h")
     assert stop.value.code == 0
