@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import itertools
 import math
+import os
 import sys
 import time
 import unicodedata
@@ -779,9 +780,10 @@ def load_data(options):
     folder in data/ bear its name."""
     folder = options.data_dir or DATA_DIR
     if options.data_dir or (folder / "train.tsv").exists():
-        data = utils.load_pronunciations(folder)
-        named = folder.resolve().parent == DATA_DIR and folder.name != "sample"
-        return utils.Pronunciations(data.splits, folder.name) if named else data
+        data, place = utils.load_pronunciations(folder), Path(os.path.abspath(folder))
+        named = place.parent.exists() and place.name != "sample" and DATA_DIR.exists()
+        named = named and place.parent.samefile(DATA_DIR)
+        return utils.Pronunciations(data.splits, place.name) if named else data
     print(
         "No train.tsv found: training on the built-in SAMPLE, words of the CMU dictionary.\n"
         "  To get Wiktionary's: python -m data.prepare_pronunciations --language eng_latn_us_broad"
@@ -1132,10 +1134,10 @@ def trial_scores(record):
     """What a trial is judged by: the lowest error rate, greedy, of validation."""
     epoch, history = record["best_epoch"] - 1, record["history"]
     return {
-        "validation CER": f"{history['val_cer'][epoch]:.4f}",
+        f"validation {rate_name(record['config']['options'])}": f"{history['val_cer'][epoch]:.4f}",
         "WER": f"{history['val_wer'][epoch]:.4f}",
         "in epoch": epoch + 1,
-        "minutes": f"{sum(record['measured']['seconds']) / 60:.1f}",
+        "minutes": f"{utils.minutes(record):.1f}",
     }
 
 
@@ -1347,10 +1349,11 @@ def draw_lengths(scored, shortest=3, longest=14):
 
 def minutes(scored, label):
     """How long the runs of a system took, each; an ensemble's is the time of its members."""
-    if label in MEMBERS:
-        together = sum(map(utils.minutes, scored[MEMBERS[label]]))
-        return [together] * len(scored[label])
-    return list(map(utils.minutes, scored[label]))
+    if label not in MEMBERS:
+        return list(map(utils.minutes, scored[label]))
+    took = {run["config"]["options"]["seed"]: utils.minutes(run) for run in scored[MEMBERS[label]]}
+    seeds = (run["config"]["options"]["seed"] for run in scored[label])
+    return [sum(took.get(seed, math.nan) for seed in own) for own in seeds]
 
 
 RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")
@@ -1378,15 +1381,15 @@ def results_table(scored, labels):
 
 def steps_table(scored):
     """What each step from the report's model to the best recipe gains, by validation CER."""
-    rows, before = [], []
+    rows, before = [], None
     for label in (ATTENTION, *STEPS, BEST):
+        valid = [min(run["history"]["val_cer"]) for run in scored[label]]
         if runs := scored[label]:
-            valid = [min(run["history"]["val_cer"]) for run in runs]
-            change = utils.gain(valid, before) if before else ""
+            change = "" if before is None else utils.gain(valid, before)
             took = f"{np.mean(minutes(scored, label)):.1f}"
             row = label, took, utils.mean_sd(valid), change, *results(runs), len(runs)
             rows.append(row)
-            before = valid
+        before = valid
     head = "system", "minutes", "validation CER", "change", *RESULT_COLUMNS, "runs"
     return utils.markdown_table(head, rows)
 
@@ -1460,8 +1463,8 @@ def spell(options, device):
     parts = iter([] if asked else [options.ipa] if options.ipa else read_lines(options.input))
     first = next(parts, [""])  # a file that cannot be read says so here, before anything else
     print(f"Model: {note}", file=sys.stderr)
-    for lines in itertools.chain([first], parts):
-        spell_lines(lines, speller, options)
+    for part, lines in enumerate(itertools.chain([first], parts)):
+        spell_lines(lines, speller, options, part)
     while asked:
         asked = ask()
         spell_lines([asked], speller, options)
@@ -1489,16 +1492,17 @@ def read_lines(name, most=1000):
         raise UserError(f"{name}: cannot be read ({utils.one_line(error)})")
 
 
-def spell_lines(lines, speller, options):
+def spell_lines(lines, speller, options, part=0):
     """Print IPA, TAB, spelling, TAB, log-probability: a line for each candidate, the most probable
-    first. From written words, IPA comes second."""
+    first. From written words, IPA comes second. part: which of several parts of a text this is;
+    each samples with other numbers."""
     source = speller.source
 
     def read(line):
         line = unicodedata.normalize("NFC", line).strip()
         return segment(line, source) if source.spaced else source.split(line)
 
-    if max(map(len, lines)) > utils.MOST_SYMBOLS:
+    if max(len(line.strip()) for line in lines) > utils.MOST_SYMBOLS:
         raise UserError(f"a word of more than {utils.MOST_SYMBOLS:,} characters")
     pairs = [(tuple(read(line)), "") for line in lines if line.strip()]
     if not pairs:
@@ -1511,7 +1515,8 @@ def spell_lines(lines, speller, options):
     if options.beam_size:
         found = speller.beam(words, options.beam_size, max_len)
     elif options.nucleus:
-        found = speller.sample(words, options.topp, options.k, sampling_seed(options), max_len)
+        seed = sampling_seed(options) + part
+        found = speller.sample(words, options.topp, options.k, seed, max_len)
     else:
         found = speller.greedy(words, max_len)
     for (sound, _), candidates in zip(pairs, found):

@@ -592,7 +592,7 @@ def read_picture(file):
             with Image.open(file, formats=FORMATS) as picture:
                 picture = ImageOps.exif_transpose(picture)
                 if picture.mode == "F":  # convert() would take 0 to 1 for black
-                    raise ValueError("of its floats nobody knows which is white")
+                    raise ValueError("its pixels are floats, of which nothing says what is white")
                 if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
                     levels = np.asarray(picture) // 257
                     picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
@@ -953,16 +953,17 @@ def measured(device, seconds):
 
 @functools.cache
 def commit():
-    """The commit of the code, '-dirty' behind it where it was changed since; None without one. As
-    it was at the first call, for an update does not change a process that runs."""
+    """The commit of the code, '-dirty' behind it where a script was changed since; None without
+    one. As it was at the first call, for an update does not change a process that runs."""
     if not (ROOT / ".git").exists():  # a folder above this may have commits of its own
         return None
-    command = "git", "describe", "--always", "--exclude=*", "--dirty"
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
-        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found = git(["git", "describe", "--always", "--exclude=*"], check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+    return f"{found}-dirty" if changed else found
 
 
 def _peak_memory():
@@ -1204,7 +1205,7 @@ def add_report_options(parser, dash):
     choices = {"nargs": "?", "const": "report", "choices": GROUPS}
     add(f"{dash}report", help=what, **choices)
     seeds = number(int, 1, len(REPORT_SEEDS))
-    add(f"{dash}n_seeds", type=seeds, metavar="N", help="seeds a system (default: 2 or 3)")
+    add(f"{dash}n_seeds", type=seeds, metavar="N", help="seeds a system (default: 1 to 5)")
     only = "train only systems whose label matches, such as '*pool*'"
     add(f"{dash}only", metavar="GLOB", default="*", help=only)
     dry = "only list what would be trained and how long it takes"
@@ -1236,6 +1237,7 @@ def write_report(script, options):
     the template's part: figures, text, or None where no run is.
     """
     folder = options.output_dir / "figures"
+    trials = _trials_table(script, folder / "trials")
     all_systems = argparse.Namespace(**vars(options) | {"report": None, "only": "*"})
     most_seeds = argparse.Namespace(**vars(all_systems) | {"n_seeds": len(REPORT_SEEDS)})
     known = {key: several.label for key, several in _wanted_runs(script, most_seeds)}
@@ -1247,14 +1249,13 @@ def write_report(script, options):
     if (folder / "README.md").exists():
         _around(folder / "README.md", script.QUESTION)  # before hours of training
     if missing:
-        _train_missing(script, missing, found, options)
+        _train_missing(script, missing, found)
         found = _read_records(folder / "runs", script.QUESTION, known)
     records = {system.label: [] for system in script.SYSTEMS}
     for key, several in _wanted_runs(script, all_systems):
         if key in found:
             records[several.label].append(found[key])
-    fields = script.report_parts(records)
-    fields["table trials"] = _trials_table(script, folder / "trials")
+    fields = script.report_parts(records) | {"table trials": trials}
     write_part(folder / "README.md", script.QUESTION, fields, options.figure_format)
     print(f"Report: {folder / 'README.md'}")
 
@@ -1273,23 +1274,26 @@ def _wanted_runs(script, options):
             if system.data:
                 places["data_dir"] = ROOT / "data" / system.data
             for seed in seeds:
-                several = argparse.Namespace(**own | places | {"seed": seed}, label=system.label)
+                about = {"seed": seed, "label": system.label, "data": system.data}
+                several = argparse.Namespace(**own | places | about)
                 chosen = script.run_options(several)
                 wanted.append((_key(script.RECIPE, chosen, system.data), several))
     return wanted
 
 
-USUAL_DATA = "photographs", "pronunciations", "sample"
+def _data_of(name):
+    """How System.data says what data of this name are."""
+    return None if name in ("photographs", "pronunciations", "sample") else name
 
 
 def _key(recipe, options, data):
-    """What a run is known by; data: their name."""
-    return json.dumps([recipe, options, None if data in USUAL_DATA else data], sort_keys=True)
+    """What a run is known by; data: as System.data."""
+    return json.dumps([recipe, options, data], sort_keys=True)
 
 
 def _key_of(record):
     config = record["config"]
-    return _key(config["recipe"], config["options"], config["data"]["name"])
+    return _key(config["recipe"], config["options"], _data_of(config["data"]["name"]))
 
 
 def _read_records(folder, question, known):
@@ -1310,19 +1314,25 @@ def _read_records(folder, question, known):
 def _trials_table(script, folder):
     """What the runs in `folder` changed, against the first of them, and what it gave; None without
     any. Their options may be gone again: the commit has them."""
-    records = [load_record(path) for path in folder.glob(f"{script.QUESTION}-*.json")]
+    records = [read_or_set_aside(path) for path in folder.glob(f"{script.QUESTION}-*.json")]
+    records = [record for record in records if is_finished(record)]
     records.sort(key=lambda record: record["measured"]["date"])
-    rows, first = [], None
+    rows, first = [], {}
     for record in records:
         options = script.LATER_OPTIONS | record["config"]["options"]
         first = first or options
-        changed = {name: x for name, x in options.items() if x != first.get(name)}
-        words = [
-            f"{name} {' '.join(x) if isinstance(x, list) else x}" for name, x in changed.items()
-        ]
-        scores = script.trial_scores(record)
-        rows.append([", ".join(words) or "–", *scores.values(), record["measured"]["commit"]])
-    return markdown_table(["changed", *scores, "commit"], rows) if rows else None
+        words = []
+        for name in dict.fromkeys((*first, *options)):
+            value = options.get(name)
+            if value != first.get(name):
+                text = " ".join(value) or "none" if isinstance(value, list) else value
+                words.append(f"{name} {text}")
+        scores = script.trial_scores(record) if "final" in record else {}
+        rows.append((", ".join(words) or "–", scores, record["measured"].get("commit") or "–"))
+    columns = max((scores for _, scores, _ in rows), key=len, default={})
+    cells = [[*(scores.get(c, "diverged") for c in columns)] for _, scores, _ in rows]
+    lines = [[words, *own, commit] for (words, _, commit), own in zip(rows, cells)]
+    return markdown_table(["changed", *columns, "commit"], lines)
 
 
 def _list_missing(script, missing, found, labels):
@@ -1335,38 +1345,46 @@ def _list_missing(script, missing, found, labels):
     usual = statistics.median([second for known in took.values() for second in known] or [0])
     hours = 0
     for options in missing:
-        if not vars(options).get("ensemble"):  # which only tests what others train
+        if not vars(options).get("ensemble"):  # whose members are systems of their own
             epoch = statistics.median(took.get(options.label, [usual]))
             hours += epoch * epochs_of(vars(options)) / 3600
-        print(script.command(script.run_options(options)))
+        words = f" --data_dir data/{options.data}" if options.data else ""
+        print(script.command(script.run_options(options)) + words)
     guess = f"; some {hours / len(cores()):.1f} hours on this machine" if usual else ""
     print(f"{len(missing)} runs to train{guess}")
 
 
-def _train_missing(script, missing, found, options):
+def _train_missing(script, missing, found):
     """Train these runs, each kind of data by itself and ensembles last; their data must be those of
-    the records."""
-    known = {}  # fingerprints, by name of data
+    the records. Where runs fail, the others go on, and UserError says so at the end."""
+    known = {}  # fingerprints, as System.data
     for record in found.values():
         data = record["config"]["data"]
-        name = None if data["name"] in USUAL_DATA else data["name"]
-        known.setdefault(name, set()).add(data["fingerprint"])
-    parts = {}
+        known.setdefault(_data_of(data["name"]), set()).add(data["fingerprint"])
+    parts, failures = {}, []
     for several in missing:
-        chosen = vars(several)
-        place = chosen.get("ensemble", False), str(chosen.get("data_dir") or "")
-        parts.setdefault(place, []).append(several)
+        together = vars(several).get("ensemble", False)
+        several.restart &= not together  # its members have just been trained
+        parts.setdefault((together, several.data or ""), []).append(several)
     loaded = [(part, script.load_data(part[0])) for _, part in sorted(parts.items())]
-    for _, data in loaded:
-        others = known.get(None if data.name in USUAL_DATA else data.name, set())
-        if data.name == "sample" or others - {data.fingerprint}:
-            needed = "the data of the others" if others else "real data, not the built-in sample"
+    for part, data in loaded:
+        wanted = part[0].data
+        others = known.get(wanted, set())
+        needed = "the data of the others" if others else "real data, not the built-in sample"
+        needed = needed if wanted is None else f"those of data/{wanted}"
+        other = _data_of(data.name) != wanted or others - {data.fingerprint}
+        if data.name == "sample" or other:
             raise UserError(
                 f"{len(missing)} runs of the report are missing, and need {needed}; data/README.md "
                 "says how to get them"
             )
     for part, data in loaded:
-        train_many(script, part, data)
+        try:
+            train_many(script, part, data)
+        except UserError as error:
+            failures.append(str(error))
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def write_part(path, part, fields, ending="png"):
@@ -1536,4 +1554,5 @@ def plot_against_time(axes, points, looks):
     """A mark for each run of {label: (minutes, values)}."""
     for (label, (times, values)), marker in zip(points.items(), "osD^vP<>"):
         look = {"color": looks[label]["color"], "markersize": 6, "alpha": 0.8}
-        axes.plot(times, values, marker, label=with_seeds(label, values), **look)
+        name = with_seeds(label, values) if len(values) > 1 else label  # one: an ensemble
+        axes.plot(times, values, marker, label=name, **look)

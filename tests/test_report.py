@@ -30,6 +30,7 @@ def runs_of(script, label):
         for record, config in configs
         if config["question"] == script.QUESTION
         and config["options"] | {"seed": wanted["seed"]} == wanted
+        and utils._data_of(config["data"]["name"]) == system.data
     ]
 
 
@@ -168,16 +169,17 @@ def beyond():
 
 
 def test_mistakes_by_hand(beyond):
-    """Nine mistakes of the first class, five of the others, two and five of them confident."""
+    """Nine mistakes of the first class, four of the others, two and four of them confident."""
     runs = beyond[hw2_q2.BEST]
     text = hw2_q2.count_mistakes(runs)
     assert "Of 13.0 mistakes (mean over seeds) 6.0 are made" in text
     assert "Of the 3 test pictures that are also" in text
-    assert "under another label 2.0 are taken" in text
-    assert "1.0 with such a probability: 15.4% of the mistakes" in text
+    assert "under another label 2.0 (15.4% of the mistakes) are taken" in text
+    assert text.endswith("1.0 of them with such a probability")
     first = hw2_q2.mistakes_table(runs).splitlines()[2]
     assert first == "| buildings | forest | 2.0 | 9.0 |"
-    assert "0.010 ± 0.000 (validation)" in hw2_q2.views_gain(beyond)
+    *_, last = hw2_q2.table(beyond, hw2_q2.LADDER, "test", hw2_q2.LADDER_COLUMNS[-2]).splitlines()
+    assert last == "| best recipe | 0.910 ± 0.014 | 0.900 ± 0.014 |"
     assert (
         hw2_q2.classes_table(beyond).splitlines()[3].startswith("| best recipe, 20 epochs | 0.880")
     )
@@ -200,12 +202,16 @@ def test_the_ladder_shows_the_records(beyond):
     assert list(reported.get_ydata()) == [0.746, 0.746]
 
 
-def spelled(distances, ranks, cer, took):
+def spelled(distances, ranks, cer, took, seed=42):
     """A record of question 3 with words of four letters each."""
     scores = {"distances": distances, "ranks": ranks}
     final = {"lengths": [4] * len(ranks), "greedy": scores, "beam": scores}
     history, measured = {"val_cer": cer}, {"seconds": [took * 60.0]}
-    return {"final": final, "history": history, "measured": measured, "parameters": 1234}
+    config = {"options": {"seed": seed}}
+    return {
+        "final": final, "history": history, "measured": measured, "parameters": 1234,
+        "config": config,
+    }  # fmt: skip
 
 
 def test_the_speller_beyond_the_report_by_hand():
@@ -214,24 +220,30 @@ def test_the_speller_beyond_the_report_by_hand():
     scored[hw2_q3.ATTENTION] = [spelled([2, 4], [3, 0], [0.5, 0.4, 0.6], 3)]
     assert hw2_q3.draw_ladder(scored) is None
     assert hw2_q3.results_table(scored, [hw2_q3.BEST]) is None
-    better = spelled([0, 4], [1, 0], [0.3], 5), spelled([0, 4], [1, 0], [0.2], 6)
-    scored[hw2_q3.BEST] = list(better)
-    scored[hw2_q3.TOGETHER] = [spelled([0, 0], [1, 1], [], 0)]
+    third = spelled([0, 4], [1, 0], [0.2], 6, seed=2)  # is in no ensemble
+    better = spelled([0, 4], [1, 0], [0.3], 5), spelled([0, 4], [1, 0], [0.2], 6, seed=1)
+    scored[hw2_q3.BEST] = [*better, third]
+    scored[hw2_q3.TOGETHER] = [spelled([0, 0], [1, 1], [], 0, seed=[42, 1])]
     labels = hw2_q3.ATTENTION, hw2_q3.TOGETHER
     *_, first, second = hw2_q3.results_table(scored, labels).splitlines()
     errors = "0.750 | 1.000 | 0.750 | 1.000 | 0.500"
     assert first == f"| {hw2_q3.ATTENTION} | 1,234 | 3.0 | {errors} | 1 |"
     assert second.startswith(f"| {hw2_q3.TOGETHER} | 1,234 | 11.0 | 0.000 | ")
-    *_, first, second = hw2_q3.steps_table(scored).splitlines()
+    step = list(hw2_q3.STEPS)[-1]
+    scored[step] = [spelled([2, 4], [3, 0], [0.35], 4)]
+    *_, first, second, third = hw2_q3.steps_table(scored).splitlines()
     assert first == f"| {hw2_q3.ATTENTION} | 3.0 | 0.400 |  | {errors} | 1 |"
-    start = f"| {hw2_q3.BEST} | 5.5 | 0.250 ± 0.071 | -0.150 | 0.500 ± 0.000 | 0.500"
-    assert second.startswith(start)
-    for axes, values in zip(hw2_q3.draw_ladder(scored).axes, ([0.75, 0.5, 0], [1, 0.5, 0])):
+    assert second == f"| {step} | 4.0 | 0.350 | – | {errors} | 1 |"  # the one before is missing
+    start = f"| {hw2_q3.BEST} | 5.7 | 0.233 ± 0.058 | -0.117 | 0.500 ± 0.000 | 0.500"
+    assert third.startswith(start)
+    panels = ([0.75, 0.5, 0], 0.2677), ([1, 0.5, 0], 0.809)
+    for axes, (values, report) in zip(hw2_q3.draw_ladder(scored).axes, panels):
         *lines, reported = axes.get_lines()
         times = [list(line.get_xdata()) for line in lines]
-        assert times == [[3], [5, 6], [11]]
+        assert times == [[3], [5, 6, 6], [11]]
         assert [line.get_ydata()[0] for line in lines] == values
-        assert reported.get_ydata()[0] in hw2_q3.REPORTED[hw2_q3.ATTENTION, "greedy"]
+        assert reported.get_ydata()[0] == report
+        assert lines[-1].get_label() == hw2_q3.TOGETHER
 
 
 PARSERS = {
@@ -308,7 +320,8 @@ def regenerate(question, folder, *argv):
 @pytest.fixture
 def committed(tmp_path):
     """A folder with a copy of the committed records."""
-    shutil.copytree(utils.ROOT / "figures" / "runs", tmp_path / "figures" / "runs")
+    for name in ("runs", "trials"):
+        shutil.copytree(utils.ROOT / "figures" / name, tmp_path / "figures" / name)
     return tmp_path
 
 
@@ -510,23 +523,31 @@ def test_right_examples_by_hand():
 
 
 @pytest.mark.parametrize("question", SCRIPTS)
-def test_trials_are_named_by_what_they_change(committed, question):
+def test_trials_are_named_by_what_they_change(tmp_path, question, capsys):
     script, _ = SCRIPTS[question]
-    assert utils._trials_table(script, committed / "figures" / "none") is None
+    assert utils._trials_table(script, tmp_path) is None
     record = runs_of(script, "attention" if question == "q3" else "kernels 3x3")[0]
-    for day, more in (("03", {"gone": ["a", "b"]}), ("02", {}), ("04", {"dropout": 0.7})):
-        options = record["config"]["options"] | more
+    more = {"03": {"gone": ["a", "b"]}, "02": {}, "04": {"dropout": 0.7}, "05": {"gone": []}}
+    for day, changes in more.items():
+        options = record["config"]["options"] | changes
         trial = record | {"config": record["config"] | {"options": options}}
         trial["measured"] = record["measured"] | {"date": f"2026-01-{day}", "commit": f"c{day}"}
-        utils.save_record(committed / "figures" / "trials" / f"{question}-{day}.json", trial)
-    rows = utils._trials_table(script, committed / "figures" / "trials").splitlines()[2:]
-    assert [row.split(" | ")[0] for row in rows] == ["| –", "| gone a b", "| dropout 0.7"]
-    assert [row.split(" | ")[-1] for row in rows] == ["c02 |", "c03 |", "c04 |"]
+        if day == "04":
+            del trial["final"]
+            trial |= {"diverged_in_epoch": 2}
+        utils.save_record(tmp_path / f"{question}-{day}.json", trial)
+    (tmp_path / f"{question}-06.json").write_text("{")
+    rows = utils._trials_table(script, tmp_path).splitlines()[2:]
+    assert f"{question}-06.json" in capsys.readouterr().err
+    changed = [row.split(" | ")[0] for row in rows]
+    assert changed == ["| –", "| gone a b", "| dropout 0.7", "| gone none"]
+    assert [row.split(" | ")[-1] for row in rows] == ["c02 |", "c03 |", "c04 |", "c05 |"]
     best = {
         "q2": lambda: f"{record['final']['val']['accuracy']:.3f}",
         "q3": lambda: f"{min(record['history']['val_cer']):.4f}",
     }
     assert rows[0].split(" | ")[1] == best[question]()
+    assert rows[2].split(" | ")[1] == "diverged"
 
 
 @pytest.fixture
@@ -573,10 +594,15 @@ def test_what_is_missing_is_trained_and_nothing_else(small, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("argv", "runs"),
-    [("-report", 16), ("-report all", 43), ("-report -n_seeds 1", 6), ("-report -only plain*", 11)],
-)
+    [
+        ("-report", 16), ("-report all", 43), ("-report -n_seeds 1", 6),
+        ("-report -only plain*", 11), ("-report beyond -n_seeds 1", 18),
+        ("--report", 6), ("--report beyond", 31),
+    ],
+)  # fmt: skip
 def test_what_would_be_trained(tmp_path, capsys, argv, runs):
-    hw2_q2.main([*argv.split(), "-dry_run", "-output_dir", str(tmp_path)])
+    script, dash = SCRIPTS["q3" if argv.startswith("--") else "q2"]
+    script.main([*argv.split(), f"{dash}dry_run", f"{dash}output_dir", str(tmp_path)])
     *commands, last = capsys.readouterr().out.splitlines()
     assert last == f"{runs} runs to train"
     assert len(set(commands)) == runs
