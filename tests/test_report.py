@@ -74,6 +74,26 @@ def test_question_2(start, labels):
     assert row_of_question_2(start, *labels) in README.splitlines()
 
 
+BEYOND = {
+    "the report's recipe": hw2_q2.VARIANT,
+    "`-recipe best`": hw2_q2.BEST,
+    "`-recipe best -model resnet`, 20 epochs": hw2_q2.BEST_RESNET,
+}
+
+
+def row_beyond(start, label):
+    runs = runs_of(hw2_q2, label)
+    scores = [utils.mean_sd(hw2_q2.accuracy(runs, split)) for split in ("val", "test")]
+    took = f"{statistics.mean(map(utils.minutes, runs)):.0f}"
+    row = start, f"{runs[0]['parameters']:,}", took, *scores, str(len(runs))
+    return f"| {' | '.join(row)} |"
+
+
+@pytest.mark.parametrize(("start", "label"), BEYOND.items(), ids=BEYOND)
+def test_beyond_the_report(start, label):
+    assert row_beyond(start, label) in README.splitlines()
+
+
 MEASURES = {
     "greedy": ("cer", "wer"),
     "nucleus": ("cer", "wer", "wer@3"),
