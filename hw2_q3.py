@@ -1409,7 +1409,7 @@ def draw_ladder(scored):
             )
             for label in shown
         }
-        utils.plot_against_time(axes, points, LOOKS)
+        utils.plot_against_time(axes, points, LOOKS, MEMBERS)
         axes.axhline(reported, color="0.4", linestyle="--", label="the report, greedy")
         axes.set(ylabel=f"Test {measure.upper()}, beam of 5", xscale="log")
     panels[1].set(xlabel="Training time on one thread (minutes)")

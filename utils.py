@@ -1550,9 +1550,9 @@ def plot_bands(axes, runs, label, marker=None, first=1, **look):
     axes.fill_between(steps, table.min(0), table.max(0), color=look["color"], alpha=0.2, lw=0)
 
 
-def plot_against_time(axes, points, looks):
-    """A mark for each run of {label: (minutes, values)}."""
+def plot_against_time(axes, points, looks, ensembles=()):
+    """A mark for each run of {label: (minutes, values)}; ensembles: labels of runs of many seeds."""
     for (label, (times, values)), marker in zip(points.items(), "osD^vP<>"):
         look = {"color": looks[label]["color"], "markersize": 6, "alpha": 0.8}
-        name = with_seeds(label, values) if len(values) > 1 else label  # one: an ensemble
+        name = label if label in ensembles else with_seeds(label, values)
         axes.plot(times, values, marker, label=name, **look)
