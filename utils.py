@@ -1551,7 +1551,7 @@ def plot_bands(axes, runs, label, marker=None, first=1, **look):
 
 
 def plot_against_time(axes, points, looks, ensembles=()):
-    """A mark for each run of {label: (minutes, values)}; ensembles: labels of runs of many seeds."""
+    """A mark for each run of {label: (minutes, values)}; ensembles: those of runs of many seeds."""
     for (label, (times, values)), marker in zip(points.items(), "osD^vP<>"):
         look = {"color": looks[label]["color"], "markersize": 6, "alpha": 0.8}
         name = label if label in ensembles else with_seeds(label, values)
