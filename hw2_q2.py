@@ -1291,16 +1291,16 @@ def mean_matrix(runs, name):
 
 
 def mistakes_table(records, most=8):
-    """The pairs of classes that are confused most often with confidence, and how often."""
+    """The pairs of classes that are confused most often, and how often with confidence."""
     if not (runs := with_scores(records)):
         return None
     sure, every = mean_matrix(runs, "confident"), mean_matrix(runs, "confusion")
     rows = []
-    for place in sure.flatten().argsort(descending=True, stable=True)[:most].tolist():
+    for place in every.flatten().argsort(descending=True, stable=True)[:most].tolist():
         true, taken = divmod(place, len(CLASSES))
-        counts = f"{sure[true, taken]:.1f}", f"{every[true, taken]:.1f}"
+        counts = f"{every[true, taken]:.1f}", f"{sure[true, taken]:.1f}"
         rows.append([CLASSES[true], CLASSES[taken], *counts])
-    head = "true class", "taken for", "with a probability of .9 and more", "all"
+    head = "true class", "taken for", "times", "with a probability of .9 and more"
     return utils.markdown_table(head, rows, text=2)
 
 
