@@ -460,7 +460,7 @@ def test_the_three_lists_take_their_names_together(tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils, "write_file", write_file)
     with pytest.raises(utils.UserError, match="full"):
-        prepare_words(tmp_path / "out", "--tsv", tmp_path / "all.tsv", "--seed", 1)
+        prepare_words(tmp_path / "out", "--tsv", tmp_path / "all.tsv", "--seed", 1, "--replace")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 

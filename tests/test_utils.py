@@ -175,7 +175,7 @@ def test_pictures_of_every_mode_and_size(tmp_path, mode):
 
 def test_a_picture_of_floats_is_refused(tmp_path):
     Image.new("F", (60, 60), 0.5).save(tmp_path / "x.tiff")
-    with pytest.raises(UserError, match="of its floats nobody knows which is white"):
+    with pytest.raises(UserError, match="pixels are floats, of which nothing says"):
         utils.read_picture(tmp_path / "x.tiff")
 
 
@@ -361,14 +361,17 @@ def test_a_run_says_which_code_made_it(tmp_path, monkeypatch):
     assert commit() is None
     git("init")
     assert commit() is None  # nothing is committed
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
+    (tmp_path / "file.py").write_text("1")
+    (tmp_path / "notes").write_text("1")
+    git("add", ".")
     git("commit", "-m", "first")
     git("tag", "-m", "a tag", "v1")
     clean = commit()
     head = tmp_path / ".git" / "refs" / "heads"
     assert next(head.iterdir()).read_text().startswith(clean) and len(clean) >= 7
-    (tmp_path / "file").write_text("2")
+    (tmp_path / "notes").write_text("2")
+    assert commit() == clean  # the code is the same
+    (tmp_path / "file.py").write_text("2")
     assert commit() == f"{clean}-dirty"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert utils.measured(torch.device("cpu"), [])["commit"] == f"{clean}-dirty"  # still
