@@ -781,8 +781,8 @@ def load_data(options):
     folder = options.data_dir or DATA_DIR
     if options.data_dir or (folder / "train.tsv").exists():
         data, place = utils.load_pronunciations(folder), Path(os.path.abspath(folder))
-        named = place.parent.exists() and place.name != "sample" and DATA_DIR.exists()
-        named = named and place.parent.samefile(DATA_DIR)
+        inside = DATA_DIR.exists() and place.parent.samefile(DATA_DIR)
+        named = inside and place.name != "sample"
         return utils.Pronunciations(data.splits, place.name) if named else data
     print(
         "No train.tsv found: training on the built-in SAMPLE, words of the CMU dictionary.\n"
@@ -921,8 +921,6 @@ def test_ensemble(data, device, options):
 def test(run, data, device, options):
     """Score the run's best checkpoint on the test words, print the report's lines, complete the
     record and draw the figures."""
-    if not run.checkpoint.exists():
-        raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
     speller, saved = load_speller(run.checkpoint, device)
     if is_turned(saved["config"]["options"]) != is_turned(vars(options)):
         raise UserError(f"{run.checkpoint}: is of the other --direction")
@@ -1550,6 +1548,8 @@ def main(argv=None):
         return
     print("\n".join(audit(data)))
     run, data = make_run(options, data), facing(data, options)
+    if options.mode == "test" and not run.checkpoint.exists():  # before a lock is left beside it
+        raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
     with utils.only_here(run):
         if options.mode == "test":
             test(run, data, device, options)

@@ -1317,22 +1317,28 @@ def _trials_table(script, folder):
     records = [read_or_set_aside(path) for path in folder.glob(f"{script.QUESTION}-*.json")]
     records = [record for record in records if is_finished(record)]
     records.sort(key=lambda record: record["measured"]["date"])
-    rows, first = [], {}
-    for record in records:
-        options = script.LATER_OPTIONS | record["config"]["options"]
-        first = first or options
-        words = []
-        for name in dict.fromkeys((*first, *options)):
-            value = options.get(name)
-            if value != first.get(name):
-                text = " ".join(value) or "none" if isinstance(value, list) else value
-                words.append(f"{name} {text}")
-        scores = script.trial_scores(record) if "final" in record else {}
-        rows.append((", ".join(words) or "–", scores, record["measured"].get("commit") or "–"))
-    columns = max((scores for _, scores, _ in rows), key=len, default={})
-    cells = [[*(scores.get(c, "diverged") for c in columns)] for _, scores, _ in rows]
-    lines = [[words, *own, commit] for (words, _, commit), own in zip(rows, cells)]
-    return markdown_table(["changed", *columns, "commit"], lines)
+    options = [script.LATER_OPTIONS | record["config"]["options"] for record in records]
+    scores = [script.trial_scores(record) if "final" in record else {} for record in records]
+    columns = max(scores, key=len, default={})
+    rows = [
+        [
+            _changes(options[0], own) or "–",
+            *(found.get(column, "diverged") for column in columns),
+            record["measured"].get("commit") or "–",
+        ]
+        for record, own, found in zip(records, options, scores)
+    ]
+    return markdown_table(["changed", *columns, "commit"], rows)
+
+
+def _changes(before, after):
+    """What differs in dictionaries of options, 'name value' each, by the values of the latter."""
+    texts = {
+        name: " ".join(value) or "none" if isinstance(value, list) else value
+        for name, value in after.items()
+    }
+    names = dict.fromkeys((*before, *after))
+    return ", ".join(f"{n} {texts.get(n)}" for n in names if before.get(n) != after.get(n))
 
 
 def _list_missing(script, missing, found, labels):
@@ -1355,36 +1361,38 @@ def _list_missing(script, missing, found, labels):
 
 
 def _train_missing(script, missing, found):
-    """Train these runs, each kind of data by itself and ensembles last; their data must be those of
-    the records. Where runs fail, the others go on, and UserError says so at the end."""
-    known = {}  # fingerprints, as System.data
-    for record in found.values():
-        data = record["config"]["data"]
-        known.setdefault(_data_of(data["name"]), set()).add(data["fingerprint"])
+    """Train these runs, each kind of data by itself and ensembles last. Where runs fail, the others
+    go on, and UserError says so at the end."""
     parts, failures = {}, []
     for several in missing:
         together = vars(several).get("ensemble", False)
         several.restart &= not together  # its members have just been trained
         parts.setdefault((together, several.data or ""), []).append(several)
-    loaded = [(part, script.load_data(part[0])) for _, part in sorted(parts.items())]
-    for part, data in loaded:
-        wanted = part[0].data
-        others = known.get(wanted, set())
-        needed = "the data of the others" if others else "real data, not the built-in sample"
-        needed = needed if wanted is None else f"those of data/{wanted}"
-        other = _data_of(data.name) != wanted or others - {data.fingerprint}
-        if data.name == "sample" or other:
-            raise UserError(
-                f"{len(missing)} runs of the report are missing, and need {needed}; data/README.md "
-                "says how to get them"
-            )
-    for part, data in loaded:
+    parts = [part for _, part in sorted(parts.items())]
+    loaded = [_load_as_found(script, part[0], found) for part in parts]  # before any training
+    for part, data in zip(parts, loaded):
         try:
             train_many(script, part, data)
         except UserError as error:
             failures.append(str(error))
     if failures:
         raise UserError("; ".join(failures))
+
+
+def _load_as_found(script, options, found):
+    """The data that a missing run needs: real ones, and those of the records found, if any. Raises
+    UserError where others are there."""
+    data = script.load_data(options)
+    used = (record["config"]["data"] for record in found.values())
+    known = {own["fingerprint"] for own in used if _data_of(own["name"]) == options.data}
+    right = known <= {data.fingerprint} and _data_of(data.name) == options.data
+    if data.name == "sample" or not right:
+        needed = "the data of the others" if known else "real data, not the built-in sample"
+        raise UserError(
+            f"{options.label}: its runs are missing, and need {needed}; data/README.md says how to "
+            "get them"
+        )
+    return data
 
 
 def write_part(path, part, fields, ending="png"):

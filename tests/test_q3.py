@@ -1062,6 +1062,14 @@ def test_spelling_arguments_files_and_standard_input(spell, tmp_path, monkeypatc
     assert spell("CAB", "DAD")[0] == rows  # without spaces
 
 
+def test_a_checkpoint_that_is_not_there_leaves_no_folder(folder, tmp_path, fails):
+    name = tmp_path / "no" / "such.pt"
+    argv = ["test", "--checkpoint_name", name, "--data_dir", folder, "--output_dir", tmp_path / "o"]
+    assert "no such checkpoint" in fails(hw2_q3.main, argv)
+    assert not name.parent.exists()
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_long_file_is_read_in_parts(tmp_path):
     (tmp_path / "ipa.txt").write_text("\ufeffA\r\nB\n\nC", encoding="utf-8")
     parts = list(hw2_q3.read_lines(tmp_path / "ipa.txt", most=3))
