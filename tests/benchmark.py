@@ -11,7 +11,6 @@ textbook loops | measuring | question 2 | question 3 | the whole report | figure
 """
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -229,6 +228,53 @@ def repeat(count, function):
     return run
 
 
+class Workers:
+    """A function that `n` processes do at once, one thread each: so many steps of question 2's
+    variant ('steps'), or an epoch of question 3's training on so many words ('spelling')."""
+
+    def __init__(self, n, kind, count):
+        command = [sys.executable, "-c", "from tests import benchmark; benchmark.work()", kind]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command.append(str(count))
+        self.processes = [subprocess.Popen(command, cwd=utils.ROOT, **pipes) for _ in range(n)]
+        self._wait()  # until all are ready
+
+    def _wait(self):
+        for process in self.processes:
+            if not process.stdout.readline():
+                raise RuntimeError("a worker has ended")
+
+    def __enter__(self):
+        return self
+
+    def __call__(self):
+        for process in self.processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        self._wait()
+
+    def __exit__(self, *exception):
+        for process in self.processes:
+            process.communicate()  # closes its input, which ends it
+
+
+def work():
+    """What a process of Workers does: a line when it is ready, and one each time it has done its
+    work, for each line that it reads."""
+    kind, count = sys.argv[1], int(sys.argv[2])
+    torch.set_num_threads(1)
+    if kind == "steps":
+        run = our_steps([], count)
+    else:
+        speller, _, words = make_spellers(count, epochs=0)
+        run = our_spelling_epoch(speller, words["train"])
+    run()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        run()
+        print("done", flush=True)
+
+
 # ----------------------------------------------------------------------------------------------
 # question 2: a step, against a textbook's and against the machine's limit
 
@@ -310,6 +356,7 @@ def limit_of_step(machine, batch_norm):
 
 
 NETWORKS = {"plain": ["-no_batch_norm"], "batch norm + pooling": []}
+HALF = ["-precision", "bfloat16"]
 
 
 def measure_steps(turns, count, cores):
@@ -318,6 +365,7 @@ def measure_steps(turns, count, cores):
     for name, argv in NETWORKS.items():
         ours, textbook = our_steps(argv, count), textbook_steps(not argv, count)
         contenders[name, "ours, 1 thread"] = on_threads(1, ours)
+        contenders[name, "ours, bfloat16, 1 thread"] = on_threads(1, our_steps(argv + HALF, count))
         contenders[name, f"ours, {cores} threads"] = on_threads(cores, ours)
         contenders[name, "textbook, 1 thread"] = on_threads(1, textbook)
         contenders[name, f"textbook, {cores} threads"] = on_threads(cores, textbook)
@@ -338,9 +386,9 @@ def measure_steps(turns, count, cores):
 # question 3: an epoch and the decoding of 1,000 words
 
 
-def make_spellers(limit):
-    """Our speller with attention, trained for one epoch, and the textbook's of the same weights;
-    the training and test words as tensors."""
+def make_spellers(limit, epochs=3):
+    """Our speller with attention, a little trained, and the textbook's of the same weights; the
+    training and test words as tensors."""
     splits = {split: pairs[:limit] for split, pairs in choose_pronunciations().splits.items()}
     phonemes = hw2_q3.Vocabulary.of(sound for sound, _ in splits["train"])
     characters = hw2_q3.Vocabulary.of(word for _, word in splits["train"])
@@ -350,7 +398,7 @@ def make_spellers(limit):
         hw2_q3.build_model(options, phonemes, characters), phonemes, characters
     )
     words = {split: speller.tensors(pairs) for split, pairs in splits.items()}
-    for _ in range(3):
+    for _ in range(epochs):
         our_spelling_epoch(speller, words["train"])()
     textbook = TextbookSpeller(len(phonemes), len(characters))
     textbook.load_state_dict(speller.model.state_dict())
@@ -425,17 +473,20 @@ def measure_spelling(turns, limit, cores):
     many = {key: on_threads(cores, function) for key, function in decoding.items()}
     epoch = our_spelling_epoch(speller, words["train"])
     slow = textbook_spelling(textbook, words["train"])
-    many |= {
-        ("training epoch", "ours, 1 thread"): on_threads(1, epoch),
-        ("training epoch", f"ours, {cores} threads"): on_threads(cores, epoch),
-        ("training epoch", "textbook"): on_threads(cores, slow),
-        ("training epoch", "bare LSTMs, 1 thread"): on_threads(
-            1, bare_lstms(speller, words["train"])
-        ),
-    }
+    bare = bare_lstms(speller, words["train"])
+    with Workers(cores, "spelling", limit) as side_by_side:
+        many |= {
+            ("training epoch", "ours, 1 thread"): on_threads(1, epoch),
+            ("training epoch", f"ours, {cores} threads"): on_threads(cores, epoch),
+            ("training epoch", f"ours, {cores} at once"): side_by_side,
+            ("training epoch", "textbook"): on_threads(cores, slow),
+            ("training epoch", "bare LSTMs, 1 thread"): on_threads(1, bare),
+        }
+        medians = take_turns(many, turns)
     results = {}
-    for (what, who), median in take_turns(many, turns).items():
+    for (what, who), median in medians.items():
         results.setdefault(what, {})[who] = median
+    results["training epoch"][f"ours, {cores} at once"] /= cores  # for one of them
     return {"same_spellings": same, "words": len(sources), "seconds": results}
 
 
@@ -487,24 +538,28 @@ def train_runs(lines, epochs, share, jobs):
     return [record["measured"] for record in records]
 
 
+OURS, OURS_HALF = "ours, side by side", "ours, bfloat16, side by side"
+TEXTBOOK = "textbook, one by one"
+
+
 def measure_grid(turns, cores, share, count):
     """The report's four networks, one seed: seconds a training epoch of each, side by side, from
     the second of two, and of the whole grid; the textbook's, timed before and after."""
     textbook = {name: textbook_steps(not argv, count) for name, argv in NETWORKS.items()}
     contenders = {name: on_threads(cores, function) for name, function in textbook.items()}
     lines = [f"-no_batch_norm -learning_rate {rate}" for rate in (0.1, 0.01, 0.001)]
+    lines.append("-learning_rate 0.01")
+    half = [" ".join([line, *HALF]) for line in lines]
     before = take_turns(contenders, turns)
-    measured = train_runs([*lines, "-learning_rate 0.01"], 2, share, cores)
+    results = {}
+    for who, own in ((OURS, lines), (OURS_HALF, half)):
+        measured = train_runs(own, 2, share, cores)
+        epochs = [m["seconds"][1] / share for m in measured]
+        results[who] = {"epoch_s": epochs, "grid_s": sum(epochs) * EPOCHS / cores}
     after = take_turns(contenders, turns)
-    epochs = [m["seconds"][1] / share for m in measured]
     plain, norm = ((before[name] + after[name]) / 2 / count * STEPS for name in NETWORKS)
-    return {
-        "ours, side by side": {"epoch_s": epochs, "grid_s": sum(epochs) * EPOCHS / cores},
-        "textbook, one by one": {
-            "epoch_s": [plain, plain, plain, norm],
-            "grid_s": (3 * plain + norm) * EPOCHS,
-        },
-    }
+    epochs = [plain, plain, plain, norm]
+    return results | {TEXTBOOK: {"epoch_s": epochs, "grid_s": sum(epochs) * EPOCHS}}
 
 
 def measure_memory(share):
@@ -513,32 +568,12 @@ def measure_memory(share):
     return {name: m["peak_memory_mib"] or 0 for name, m in zip(NETWORKS, measured)}
 
 
-WORKER = """
-import sys, time, torch
-from tests import benchmark
-torch.set_num_threads(1)
-run = benchmark.our_steps([], int(sys.argv[1]))
-run()
-print("ready", flush=True)
-sys.stdin.readline()
-print(benchmark.seconds(run), flush=True)
-"""
-
-
 def measure_runs_at_once(count, most):
     """{n: steps a second, all together} of n trainings at once, one thread each."""
     rates = {}
     for n in range(1, most + 1):
-        command = [sys.executable, "-c", WORKER, str(count)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        workers = [subprocess.Popen(command, cwd=utils.ROOT, **pipes) for _ in range(n)]
-        for worker in workers:
-            worker.stdout.readline()
-        for worker in workers:
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-        times = [float(worker.communicate()[0]) for worker in workers]
-        rates[str(n)] = sum(count / t for t in times)
+        with Workers(n, "steps", count) as side_by_side:
+            rates[str(n)] = n * count / seconds(side_by_side)
     return rates
 
 
@@ -554,10 +589,11 @@ def ratios(results):
         f"{name}: step / limit": (s["ours, 1 thread"] / s["limit, 1 thread"], 1.7, "at most")
         for name, s in steps.items()
     }
-    ratio = grid["textbook, one by one"]["grid_s"] / grid["ours, side by side"]["grid_s"]
-    found["question 2's grid: textbook / ours"] = ratio, 3, "at least"
-    ratio = epoch["textbook"] / epoch[f"ours, {cores} threads"]
-    found["question 3, training: textbook / ours"] = ratio, 3, "at least"
+    for who, name in ((OURS, "ours"), (OURS_HALF, "ours, bfloat16")):
+        ratio = grid[TEXTBOOK]["grid_s"] / grid[who]["grid_s"]
+        found[f"question 2's grid: textbook / {name}"] = ratio, 3, "at least"
+    ratio = epoch["textbook"] / epoch[f"ours, {cores} at once"]
+    found["question 3, training: textbook / ours, side by side"] = ratio, 3, "at least"
     for what, promised in (("greedy", 25), ("nucleus, 3 samples", 30)):
         ratio = spelling[what]["textbook"] / spelling[what]["ours"]
         found[f"question 3, {what}: textbook / ours"] = ratio, promised, "at least"
@@ -572,7 +608,7 @@ def print_tables(results):
         for who, value in row.items():
             print(f"  {name:22}{who:28}{1e3 * value:9.2f}")
     print("\nQuestion 2, the report's grid (4 runs of 40 epochs, one seed), minutes")
-    for who in ("ours, side by side", "textbook, one by one"):
+    for who in (OURS, OURS_HALF, TEXTBOOK):
         print(f"  {who:50}{results['grid'][who]['grid_s'] / 60:9.1f}")
     print(f"\nQuestion 3, seconds ({results['spelling']['words']:,} words decoded)")
     for what, row in results["spelling"]["seconds"].items():
@@ -593,31 +629,34 @@ def readme_table(results):
     """The lines of the README's table."""
     steps, spelling = results["steps"], results["spelling"]["seconds"]
     cores, grid = results["machine"]["cores"], results["grid"]
-    ours, textbook = grid["ours, side by side"], grid["textbook, one by one"]
-    epoch = spelling["training epoch"]
+    textbook, epoch = grid[TEXTBOOK]["grid_s"], spelling["training epoch"]
     rows = [
         (
             f"question 2, a step of 8 pictures, {name}",
-            f"{1e3 * row['ours, 1 thread']:.1f} ms on one thread",
+            f"{1e3 * row['ours, 1 thread']:.1f} ms on one thread, "
+            f"{1e3 * row['ours, bfloat16, 1 thread']:.1f} in bfloat16",
             f"{1e3 * row[f'textbook, {cores} threads']:.1f} ms on {cores}",
             f"limit: {1e3 * row['limit, 1 thread']:.1f} ms",
         )
         for name, row in steps.items()
     ]
-    rows.append(
-        (
-            "question 2, four runs of 40 epochs",
-            f"{ours['grid_s'] / 60:.0f} minutes, {cores} at once",
-            f"{textbook['grid_s'] / 60:.0f} minutes",
-            f"{textbook['grid_s'] / ours['grid_s']:.1f} times as fast",
+    for who, name in ((OURS, "40 epochs"), (OURS_HALF, "40 epochs, bfloat16")):
+        took = grid[who]["grid_s"]
+        rows.append(
+            (
+                f"question 2, four runs of {name}",
+                f"{took / 60:.0f} minutes, {cores} at once",
+                f"{textbook / 60:.0f} minutes",
+                f"{textbook / took:.3g} times as fast",
+            )
         )
-    )
-    pairs = {"a training epoch": (epoch[f"ours, {cores} threads"], epoch["textbook"])}
+    side_by_side = epoch[f"ours, {cores} at once"], epoch["textbook"]
+    pairs = {f"a training epoch, {cores} runs at once": side_by_side}
     for what in ("greedy", "nucleus, 3 samples"):
         name = f"spelling {results['spelling']['words']:,} words, {what}"
         pairs[name] = spelling[what]["ours"], spelling[what]["textbook"]
     for name, (fast, slow) in pairs.items():
-        times = f"{slow / fast:.1f} times as fast"
+        times = f"{slow / fast:.3g} times as fast"
         rows.append((f"question 3, {name}", f"{fast:.2f} s", f"{slow:.1f} s", times))
     return [f"| {' | '.join(row)} |" for row in rows]
 
@@ -661,29 +700,22 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="only see whether everything works")
     folder = "where benchmark.json and benchmark.png go"
     parser.add_argument("--output", type=Path, default=utils.ROOT / "figures", help=folder)
-    again = "measure the memory again, and keep all times of benchmark.json"
-    parser.add_argument("--only_memory", action="store_true", help=again)
     options = parser.parse_args(argv)
     quick, cores = options.quick, len(utils.cores())
     turns, count, limit, share = (1, 4, 20, 0.01) if quick else (5, 100, 10_000, 1)
-    path = options.output / "benchmark.json"
-
-    if options.only_memory:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        machine, steps = measure_steps(turns, count, cores)
-        results = {
-            "command": "python -m tests.benchmark" + quick * " --quick",
-            "machine": utils.measured(torch.device("cpu"), []) | machine,
-            "steps": steps,
-            "spelling": measure_spelling(turns, limit, cores),
-            "scaling": measure_scaling(turns, min(limit, 1000)),
-            "runs_at_once": measure_runs_at_once(count, 1 if quick else cores + 2),
-            "grid": measure_grid(turns, cores, share, count),
-        }
-    results["memory"] = measure_memory(share)
+    machine, steps = measure_steps(turns, count, cores)
+    results = {
+        "command": "python -m tests.benchmark" + quick * " --quick",
+        "machine": utils.measured(torch.device("cpu"), []) | machine,
+        "steps": steps,
+        "spelling": measure_spelling(turns, limit, cores),
+        "scaling": measure_scaling(turns, min(limit, 1000)),
+        "runs_at_once": measure_runs_at_once(count, 1 if quick else cores + 2),
+        "grid": measure_grid(turns, cores, share, count),
+        "memory": measure_memory(share),
+    }
     print_tables(results)
-    utils.save_record(path, results)
+    utils.save_record(options.output / "benchmark.json", results)
     draw(options.output / "benchmark.png", results)
 
 
