@@ -358,7 +358,11 @@ class Decoder(nn.Module):
         self.symbol_dropout = SymbolDropout(symbol_dropout)
         self.input_feeding = input_feeding
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
-        self.lstm = make_lstm((1 + input_feeding) * hidden_size, hidden_size, layers, dropout)
+        if input_feeding:
+            widths = [2 * hidden_size] + [hidden_size] * (layers - 1)
+            self.cells = nn.ModuleList(nn.LSTMCell(width, hidden_size) for width in widths)
+        else:
+            self.lstm = make_lstm(hidden_size, hidden_size, layers, dropout)
         self.attention = BahdanauAttention(hidden_size) if use_attn else None
         self.dropout = utils.Dropout(dropout)
         self.output = nn.Linear(hidden_size, symbols)
@@ -372,31 +376,45 @@ class Decoder(nn.Module):
         words: int64 (B,), which word of the memory each row spells.
         """
         x = self.symbol_dropout(self.dropout(self.embedding(characters)))  # (B, T, H)
-        places = steps.flatten().nonzero()[:, 0]  # (R,), into B * T
         if self.input_feeding:
-            x, weights, state = self._step_by_step(x, state, memory, words)
-            x, weights = (F.embedding(places, part.flatten(0, 1)) for part in (x, weights))
+            x, state, weights = self._step_by_step(x, state, memory, steps, words)
             return self.output(x), state, weights
         x, state = self.lstm(x, state)
+        places = steps.flatten().nonzero()[:, 0]  # (R,), into B * T
         x = F.embedding(places, x.flatten(0, 1))  # (R, H)
         weights = None
         if self.attention is not None:
             x, weights = self.attention(x, words[places // steps.shape[1]], memory)
         return self.output(self.dropout(x)), state, weights
 
-    def _step_by_step(self, embedded, state, memory, words):
-        """Embedded characters (B, T, H), state with what is fed -> states with context (B, T, H),
-        weights (B, T, S) and the last state."""
-        *state, fed = state
-        outputs, weights = [], []
-        for x in embedded.unbind(1):  # (B, H)
-            x = torch.cat((x, fed[0]), 1).unsqueeze(1)  # (B, 1, 2H)
-            x, state = self.lstm(x, tuple(state))
-            x, looked = self.attention(x[:, 0], words, memory)
-            fed = self.dropout(x).unsqueeze(0)  # (1, B, H)
-            outputs.append(fed[0])
+    def _step_by_step(self, embedded, state, memory, steps, words):
+        """The same for embedded characters (B, T, H) and a state with what is fed: states with
+        context (R, H), the state of the rows that have a last step, and the weights (R, S).
+
+        Rows that are over are dropped; a row's true steps come first.
+        """
+        hidden, cell, fed = state
+        layers, fed = list(zip(hidden, cell)), fed[0]  # layers x 2 x (B, H); (B, H)
+        rows = torch.arange(len(words), device=words.device)
+        outputs, weights, places = [], [], []
+        for step, x in enumerate(embedded.unbind(1)):  # (B, H)
+            going = steps[rows, step].nonzero()[:, 0]
+            if len(going) < len(rows):
+                rows, fed = rows[going], fed.index_select(0, going)
+                layers = [tuple(part.index_select(0, going) for part in own) for own in layers]
+            x = torch.cat((x.index_select(0, rows), fed), 1)  # (rows, 2H)
+            for i, lstm in enumerate(self.cells):
+                layers[i] = lstm(self.dropout(x) if i else x, layers[i])
+                x = layers[i][0]
+            x, looked = self.attention(x, words[rows], memory)
+            fed = self.dropout(x)
+            outputs.append(fed)
             weights.append(looked)
-        return torch.stack(outputs, 1), torch.stack(weights, 1), (*state, fed)
+            places.append(rows * steps.shape[1] + step)
+        order = torch.cat(places).argsort()  # row by row
+        outputs, weights = (F.embedding(order, torch.cat(part)) for part in (outputs, weights))
+        hidden, cell = map(torch.stack, zip(*layers))
+        return outputs, (hidden, cell, fed.unsqueeze(0)), weights
 
 
 class Seq2Seq(nn.Module):

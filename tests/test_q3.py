@@ -403,10 +403,9 @@ def test_input_feeding_by_hand(vocabularies):
     assert fed.abs().sum() == 0
     logits = []
     for character in (START, 4):
-        embedded = decoder.embedding(torch.tensor([[character]]))
-        x = torch.cat((embedded, fed.transpose(0, 1)), 2)
-        x, (hidden, cell) = decoder.lstm(x, (hidden, cell))
-        x, _ = decoder.attention(x[:, 0], torch.tensor([0]), memory)
+        x = torch.cat((decoder.embedding(torch.tensor([character])), fed[0]), 1)
+        hidden, cell = (part.unsqueeze(0) for part in decoder.cells[0](x, (hidden[0], cell[0])))
+        x, _ = decoder.attention(hidden[0], torch.tensor([0]), memory)
         logits.append(decoder.output(x))
         fed = x.unsqueeze(0)
     expected = model(*source, torch.tensor([[START, 4, END]]))[0]
