@@ -45,8 +45,7 @@ RUN_OPTIONS = ("use_attn", "lr", "dropout", "n_epochs", "batch_size", "hidden_si
 # it says something else, so that the runs made before keep their names.
 LATER_OPTIONS = {
     "direction": "p2g", "layers": 1, "input_feeding": False, "schedule": "constant",
-    "label_smoothing": 0.0, "clip": None, "ensemble": False, "symbol_dropout": 0.0,
-    "consistency": 0.0,
+    "label_smoothing": 0.0, "clip": None, "ensemble": False,
 }  # fmt: skip
 # Those about where and how a run is made, which change no result.
 PLACES = "device", "threads", "output_dir", "data_dir", "restart", "jobs", "scheduler"
@@ -104,9 +103,6 @@ def _add_training_options(add):
     feeding = "the decoder also reads what attention made of its last step; slower"
     add("--input_feeding", action="store_true", help=feeding)
     add("--clip", type=real, help="greatest norm of a step's gradient (default: any)")
-    add("--symbol_dropout", type=share, default=0.0, help="share of the symbols not read at all")
-    agree = "weight of the divergence of two passes with other dropout (R-Drop)"
-    add("--consistency", type=utils.number(float, 0, 100), default=0.0, help=agree)
     direction = "spell what is heard (p2g), or pronounce what is written (g2p)"
     add("--direction", choices=("p2g", "g2p"), default="p2g", help=direction)
     where = "folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in sample)"
@@ -313,26 +309,18 @@ def make_lstm(inputs, hidden_size, layers, dropout, **more):
     return nn.LSTM(inputs, hidden_size, layers, batch_first=True, dropout=between, **more)
 
 
-class SymbolDropout(utils.Dropout):
-    """Dropout of whole symbols: all of an embedding (B, T, H), or nothing of it."""
-
-    def forward(self, x):
-        return x * super().forward(torch.ones_like(x[..., :1])) if self.p else x
-
-
 class Encoder(nn.Module):
     """Bidirectional LSTM of some layers: phonemes (B, S), padded, and their numbers (B,), on the
     CPU, -> outputs (B, S, H) and final states 2 x (layers, B, H)."""
 
-    def __init__(self, symbols, hidden_size, dropout, layers=1, symbol_dropout=0.0):
+    def __init__(self, symbols, hidden_size, dropout, layers=1):
         super().__init__()
-        self.symbol_dropout = SymbolDropout(symbol_dropout)
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
         self.lstm = make_lstm(hidden_size, hidden_size // 2, layers, dropout, bidirectional=True)
         self.dropout = utils.Dropout(dropout)
 
     def forward(self, sources, lengths):
-        x = self.symbol_dropout(self.dropout(self.embedding(sources)))  # (B, S, H)
+        x = self.dropout(self.embedding(sources))  # (B, S, H)
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         outputs, state = self.lstm(packed)  # 2 x (layers * 2, B, H / 2)
         whole = {"batch_first": True, "total_length": sources.shape[1]}
@@ -350,12 +338,8 @@ class Decoder(nn.Module):
     section 3.3), so that it knows where it has looked, but has to go step by step.
     """
 
-    def __init__(
-        self, symbols, hidden_size, dropout, use_attn, layers=1, input_feeding=False,
-        symbol_dropout=0.0,
-    ):  # fmt: skip
+    def __init__(self, symbols, hidden_size, dropout, use_attn, layers=1, input_feeding=False):
         super().__init__()
-        self.symbol_dropout = SymbolDropout(symbol_dropout)
         self.input_feeding = input_feeding
         self.embedding = nn.Embedding(symbols, hidden_size, padding_idx=PAD)
         if input_feeding:
@@ -375,7 +359,7 @@ class Decoder(nn.Module):
 
         words: int64 (B,), which word of the memory each row spells.
         """
-        x = self.symbol_dropout(self.dropout(self.embedding(characters)))  # (B, T, H)
+        x = self.dropout(self.embedding(characters))  # (B, T, H)
         if self.input_feeding:
             x, state, weights = self._step_by_step(x, state, memory, steps, words)
             return self.output(x), state, weights
@@ -422,13 +406,12 @@ class Seq2Seq(nn.Module):
 
     def __init__(
         self, read, written, hidden_size=128, dropout=0.3, use_attn=False, layers=1,
-        input_feeding=False, symbol_dropout=0.0,
+        input_feeding=False,
     ):  # fmt: skip
         """read, written: how many symbols there are to read and to write."""
         super().__init__()
-        self.encoder = Encoder(read, hidden_size, dropout, layers, symbol_dropout)
-        more = use_attn, layers, input_feeding, symbol_dropout
-        self.decoder = Decoder(written, hidden_size, dropout, *more)
+        self.encoder = Encoder(read, hidden_size, dropout, layers)
+        self.decoder = Decoder(written, hidden_size, dropout, use_attn, layers, input_feeding)
 
     def encode(self, sources, lengths):
         """Phonemes (B, S), lengths (B,) on the CPU -> Memory, None without attention, and state:
@@ -485,7 +468,7 @@ class Ensemble(nn.Module):
 def build_model(options, source, target):
     """The model that the options (a dictionary) describe, for the two vocabularies."""
     options = LATER_OPTIONS | options
-    names = ("hidden_size", "dropout", "use_attn", "layers", "input_feeding", "symbol_dropout")
+    names = ("hidden_size", "dropout", "use_attn", "layers", "input_feeding")
     return Seq2Seq(len(source), len(target), **{name: options[name] for name in names})
 
 
@@ -683,28 +666,20 @@ def score_candidates(candidates, true, k=1, split=list):
 # training
 
 
-def make_step(model, optimizer, totals, smoothing=0.0, clip=None, consistency=0.0):
+def make_step(model, optimizer, totals, smoothing=0.0, clip=None):
     """A function that trains on one batch and adds (summed loss, characters, 1 if the loss is
     finite) to `totals`, on the device: reading a number back would make it wait.
 
     smoothing: the share of a label that goes to all letters alike (Szegedy et al. 2016, section 7);
-    clip: the greatest norm of the gradient (Pascanu et al. 2013, section 3.2); consistency: the
-    weight of the divergence of two passes, each with its own dropout (Liang et al. 2021, R-Drop,
-    section 2).
+    clip: the greatest norm of the gradient (Pascanu et al. 2013, section 3.2).
     """
 
     def step(sources, lengths, targets):
-        if consistency:
-            sources, targets, lengths = sources.tile(2, 1), targets.tile(2, 1), lengths.tile(2)
         logits, _ = model(sources, lengths, targets)  # (R, V)
         true = targets[:, 1:]
         first = END if smoothing else 0  # the symbols before are never written
         true = true[true != PAD] - first
         loss = F.cross_entropy(logits[:, first:], true, label_smoothing=smoothing)
-        if consistency:
-            one, other = logits[:, first:].log_softmax(1).chunk(2)
-            divergence = ((one.exp() - other.exp()) * (one - other)).sum(1).mean() / 2
-            loss = loss + consistency * divergence
         optimizer.zero_grad()
         loss.backward()
         if clip:
@@ -750,8 +725,7 @@ def fit(run, speller, optimizer, words, options):
     rate = rate_name(run.config["options"])
     symbols = {"source": speller.source.symbols, "target": speller.target.symbols}
     totals = torch.zeros(3, device=words["train"].sources.device)
-    beyond = options.label_smoothing, options.clip, options.consistency
-    step = make_step(model, optimizer, totals, *beyond)
+    step = make_step(model, optimizer, totals, options.label_smoothing, options.clip)
     if options.schedule == "one_cycle":
         batches = math.ceil(len(words["train"].lengths) / options.batch_size)
         begun, steps = len(seconds) * batches, options.n_epochs * batches
