@@ -45,7 +45,7 @@ RUN_OPTIONS = ("use_attn", "lr", "dropout", "n_epochs", "batch_size", "hidden_si
 # it says something else, so that the runs made before keep their names.
 LATER_OPTIONS = {
     "direction": "p2g", "layers": 1, "input_feeding": False, "schedule": "constant",
-    "label_smoothing": 0.0, "clip": None, "ensemble": False,
+    "label_smoothing": 0.0, "clip": None, "ensemble": False, "embedding_scale": 1.0,
 }  # fmt: skip
 # Those about where and how a run is made, which change no result.
 PLACES = "device", "threads", "output_dir", "data_dir", "restart", "jobs", "scheduler"
@@ -103,6 +103,7 @@ def _add_training_options(add):
     feeding = "the decoder also reads what attention made of its last step; slower"
     add("--input_feeding", action="store_true", help=feeding)
     add("--clip", type=real, help="greatest norm of a step's gradient (default: any)")
+    add("--embedding_scale", type=real, default=1.0, help="deviation of embeddings at the start")
     direction = "spell what is heard (p2g), or pronounce what is written (g2p)"
     add("--direction", choices=("p2g", "g2p"), default="p2g", help=direction)
     where = "folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in sample)"
@@ -469,7 +470,10 @@ def build_model(options, source, target):
     """The model that the options (a dictionary) describe, for the two vocabularies."""
     options = LATER_OPTIONS | options
     names = ("hidden_size", "dropout", "use_attn", "layers", "input_feeding")
-    return Seq2Seq(len(source), len(target), **{name: options[name] for name in names})
+    model = Seq2Seq(len(source), len(target), **{name: options[name] for name in names})
+    for part in (model.encoder, model.decoder):
+        part.embedding.weight.data *= options["embedding_scale"]
+    return model
 
 
 # ----------------------------------------------------------------------------------------------
