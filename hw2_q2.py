@@ -43,7 +43,6 @@ RUN_OPTIONS = (
 LATER_OPTIONS = {
     "model": "cnn", "convs": 1, "last_batch": "keep", "momentum": 0.0, "schedule": "constant",
     "label_smoothing": 0.0, "augment": [], "pixels": "unit", "at_test": [], "precision": "float32",
-    "mixup": 0.0,
 }  # fmt: skip
 # What is done where the command line does not say: (without batch norm, with it).
 BY_NORM = {"head": ("flatten", "gap"), "last_batch": ("keep", "join")}
@@ -152,8 +151,6 @@ def _add_picture_options(add):
     some = {"nargs": "*", "default": [], "metavar": "NAME"}
     augment = f"random changes of the training pictures, some of: {', '.join(AUGMENTATIONS)}"
     add("-augment", choices=AUGMENTATIONS, help=augment, **some)
-    mixed = "mix each picture and its label with another's, by shares of Beta(this, this)"
-    add("-mixup", type=utils.number(float, 0, 100), default=0.0, help=mixed)
     pixels = "their values: 0 to 1, or with the mean 0 and the variance 1 of ImageNet's pictures"
     add("-pixels", choices=("unit", "normalized"), default="unit", help=pixels)
     at_test = "; ".join(f"{name}: {what}" for name, what in AT_TEST.items())
@@ -543,23 +540,16 @@ def make_optimizer(model, options):
     )
 
 
-def make_step(model, optimizer, totals, smoothing=0.0, mixup=0.0):
+def make_step(model, optimizer, totals, smoothing=0.0):
     """A function that trains on one batch and adds (summed loss, right answers, 1 if the loss is
     finite) to `totals`, on the device: reading a number back would make it wait.
 
-    smoothing: the share of a label that goes to all classes alike (Szegedy et al. 2016, section 7);
-    mixup: the parameter of the mixed shares' distribution (Zhang et al. 2018, section 2).
+    smoothing: the share of a label that goes to all classes alike (Szegedy et al. 2016, section 7).
     """
-    shares = torch.distributions.Beta(mixup, mixup) if mixup else None
 
     def step(images, labels):
-        share, x = shares.sample().item() if mixup else 1.0, as_input(images)
-        if mixup:
-            x = torch.lerp(x.flip(0), x, share)
-        log_probs = model(x)  # (B, 6)
+        log_probs = model(as_input(images))  # (B, 6)
         loss = F.nll_loss(log_probs, labels)
-        if mixup:
-            loss = share * loss + (1 - share) * F.nll_loss(log_probs, labels.flip(0))
         if smoothing:
             loss = (1 - smoothing) * loss - smoothing * log_probs.mean()
         optimizer.zero_grad()
@@ -727,7 +717,7 @@ def fit(run, model, optimizer, splits, options):
     if options.batch_norm and sizes == [1]:
         raise UserError("batch norm needs at least 2 training pictures; try -no_batch_norm")
     totals = torch.zeros(3, device=splits["train"][1].device)
-    step = make_step(model, optimizer, totals, options.label_smoothing, options.mixup)
+    step = make_step(model, optimizer, totals, options.label_smoothing)
     if options.schedule == "one_cycle":
         begun, steps = len(seconds) * len(sizes), options.epochs * len(sizes)
         step = utils.one_cycle(step, optimizer, options.learning_rate, begun, steps)
