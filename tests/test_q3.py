@@ -277,6 +277,17 @@ def test_attention_gradients_equal_a_loops():
         torch.testing.assert_close(a, b)
 
 
+def test_small_embeddings_are_the_usual_ones_scaled(vocabularies):
+    models = []
+    for scale in (1.0, 0.1):
+        torch.manual_seed(0)
+        chosen = {"hidden_size": 8, "dropout": 0.0, "use_attn": True, "embedding_scale": scale}
+        models.append(hw2_q3.build_model(chosen, *vocabularies).state_dict())
+    for name, weights in models[0].items():
+        scaled = "embedding" in name or name == "decoder.output.weight"
+        torch.testing.assert_close(models[1][name], weights * (0.1 if scaled else 1))
+
+
 SHAPES = {
     "recipe": {},
     "no attention": {"use_attn": False},
