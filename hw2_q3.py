@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator
 from rapidfuzz.distance import Levenshtein
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
@@ -1438,6 +1439,10 @@ def draw_ladder(scored):
         utils.plot_against_time(axes, points, LOOKS, MEMBERS)
         axes.axhline(reported, color="0.4", linestyle="--", label="the report, greedy")
         axes.set(ylabel=f"Test {measure.upper()}, beam of 5", xscale="log")
+    ticks = panels[1].xaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter("")
     panels[1].set(xlabel="Training time on one thread (minutes)")
     utils.legend_above(fig, panels[0])
     return fig
