@@ -668,18 +668,20 @@ def draw(path, results):
     shown = (
         "limit, 1 thread",
         "ours, 1 thread",
+        "ours, bfloat16, 1 thread",
         f"ours, {cores} threads",
         f"textbook, {cores} threads",
     )
-    colors = "0.6", utils.BLUE, utils.GREEN, utils.VERMILION
+    colors = "0.6", utils.BLUE, utils.SKY, utils.GREEN, utils.VERMILION
     for place, row in enumerate(results["steps"].values()):
         values = [1e3 * row[who] for who in shown]
-        bars = grid[0, 0].bar([place + 0.2 * i for i in range(4)], values, 0.18, color=colors)
+        places = [place + 0.16 * i for i in range(len(shown))]
+        bars = grid[0, 0].bar(places, values, 0.15, color=colors)
         grid[0, 0].bar_label(bars, fmt="%.1f", fontsize=6.5)
     grid[0, 0].legend(bars, shown, fontsize=6.5)
-    grid[0, 0].set_xticks([0.3, 1.3], results["steps"])
+    grid[0, 0].set_xticks([0.32, 1.32], results["steps"])
     grid[0, 0].set(title="Question 2: a step of 8 pictures", ylabel="Time (ms)")
-    grid[0, 0].margins(y=0.45)
+    grid[0, 0].margins(y=0.6)
     for axes, what in zip(grid.flat[1:], ("pictures", "words", "beam size")):
         sizes = [int(size) for size in results["scaling"][what]]
         axes.plot(sizes, results["scaling"][what].values(), "o-", markersize=4, color=utils.BLUE)

@@ -210,27 +210,26 @@ def test_records_of_anything(folder, config):
         assert found is None or isinstance(found["config"]["data"]["name"], str)
 
 
-def checkpoint(**changes):
-    """The bytes of a small speller's checkpoint."""
+def small_checkpoint():
+    """What a small speller's checkpoint holds."""
     options = {"use_attn": True, "hidden_size": 2, "dropout": 0.1}
     vocabularies = [hw2_q3.Vocabulary([*hw2_q3.SPECIAL, *symbols]) for symbols in ("kæt", "cat")]
     model = hw2_q3.build_model(options, *vocabularies)
-    content = {
+    weights = model.state_dict()
+    return {
         "config": CONFIG | {"question": "q3", "options": options},
         "history": {"val_cer": [0.5]},
         "seconds": [1.0],
         "finished": False,
-        "model": model.state_dict(),
+        "model": weights,
         "optimizer": torch.optim.Adam(model.parameters()).state_dict(),
-        "best": model.state_dict(),
+        "best": weights,
         "symbols": dict(zip(("source", "target"), (v.symbols for v in vocabularies))),
     }
-    stream = io.BytesIO()
-    torch.save(content | changes, stream)
-    return stream.getvalue()
 
 
-CHECKPOINT = checkpoint()
+CONTENT, CHECKPOINT = small_checkpoint(), io.BytesIO()
+torch.save(CONTENT, CHECKPOINT)
 
 
 def use_checkpoint(path):
@@ -246,7 +245,7 @@ def use_checkpoint(path):
     return saved
 
 
-@given(content=spoiled(CHECKPOINT))
+@given(content=spoiled(CHECKPOINT.getvalue()))
 def test_spoiled_checkpoints(folder, content):
     (folder / "c.pt").write_bytes(content)
     use_checkpoint(folder / "c.pt")
@@ -256,7 +255,7 @@ def test_spoiled_checkpoints(folder, content):
 def test_checkpoints_with_another_pickle_in_them(folder, data):
     """The archive is whole, and its checksums are right."""
     with (
-        zipfile.ZipFile(io.BytesIO(CHECKPOINT)) as old,
+        zipfile.ZipFile(CHECKPOINT) as old,
         zipfile.ZipFile(folder / "p.pt", "w") as new,
     ):
         for entry in old.infolist():
@@ -272,7 +271,7 @@ def test_checkpoints_with_another_pickle_in_them(folder, data):
     value=JSON,
 )
 def test_checkpoints_of_anything(folder, name, value):
-    (folder / "v.pt").write_bytes(checkpoint(**{name: value}))
+    torch.save(CONTENT | {name: value}, folder / "v.pt")
     use_checkpoint(folder / "v.pt")
 
 
