@@ -74,7 +74,6 @@ AUGMENTATIONS = {  # of torchvision.transforms.v2
 AT_TEST = {
     "mirror": "the mean of the probabilities for a picture and its mirror image",
     "shift": "the mean of those for a picture as it is and 2 pixels up, down, left and right",
-    "refresh": "batch norm with statistics taken anew, without dropout, after each epoch",
 }
 
 
@@ -176,12 +175,10 @@ def _settle(parser, options):
         getattr(options, name) != usual for name, usual in CNN_OPTIONS.items()
     ):
         parser.error("-model resnet has its own shape; of the network's options only -dropout fits")
-    if options.scramble_pixels and (options.augment or set(VIEWS) & set(options.at_test)):
+    if options.scramble_pixels and (options.augment or options.at_test):
         parser.error("-scramble_pixels leaves no picture to change by -augment or -at_test")
     if options.momentum and options.optimizer != "sgd":
         parser.error("-momentum goes with -optimizer sgd; with adam, -momentum 0")
-    if "refresh" in options.at_test and not options.batch_norm:
-        parser.error("-at_test refresh is about batch norm, but -no_batch_norm is given")
     if options.batch_norm and options.batch_size == 1:
         parser.error(
             "batch norm needs at least 2 pictures a batch: -batch_size 2 or -no_batch_norm"
@@ -404,7 +401,7 @@ def build_model(options):
     options = LATER_OPTIONS | options
     kind, names = {"cnn": (CNN, CNN_OPTIONS), "resnet": (ResNet, ())}[options["model"]]
     chosen = {name: options[name] for name in (*names, "dropout", "pixels", "precision")}
-    model = kind(**chosen, views=[view for view in options["at_test"] if view in VIEWS])
+    model = kind(**chosen, views=options["at_test"])
     return model.to(memory_format=torch.channels_last)
 
 
@@ -588,25 +585,6 @@ def train_epoch(step, totals, images, labels, sizes, augment=None):
     return loss, accuracy
 
 
-@torch.no_grad()
-def refresh_norms(model, images, count=4096):
-    """Take batch norm's means and variances anew from `count` pictures, the mean of batches (Wu and
-    Johnson 2021, section 3), with dropout off, as in evaluation: while it is on, what reaches the
-    next batch norm varies more (Li et al. 2019, section 3)."""
-    model.eval()
-    norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d))]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all batches, not of the latest
-        norm.train()
-    rows = torch.randperm(len(images), device=images.device)[:count]
-    for batch in rows.split(batch_sizes(len(rows), 64)):
-        model.log_probs(as_input(images[batch]))
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-
-
 @torch.inference_mode()
 def predict(model, images, batch_size=64, as_is=False):
     """Log-probabilities (N, 6), on the CPU, of uint8 pictures (N, 3, 48, 48), seen in all the ways
@@ -732,8 +710,6 @@ def fit(run, model, optimizer, splits, options):
             loss, accuracy = train_epoch(step, totals, *splits["train"], sizes, augment)
         except utils.Diverged as diverged:
             return history, seconds, diverged.batch
-        if "refresh" in options.at_test:
-            refresh_norms(model, splits["train"][0])
         valid = evaluate(model, *splits["val"], as_is=True)
         if not math.isfinite(valid["loss"]):  # the last step ruined the weights
             return history, seconds, len(sizes)

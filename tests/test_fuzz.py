@@ -291,7 +291,6 @@ OPTIONS += [
     "resnet",
     "flip",
     "mirror",
-    "refresh",
     "one_cycle",
     "g2p",
     "train",
