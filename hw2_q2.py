@@ -42,7 +42,7 @@ RUN_OPTIONS = (
 # it says something else, so that the runs made before keep their names.
 LATER_OPTIONS = {
     "model": "cnn", "convs": 1, "last_batch": "keep", "momentum": 0.0, "schedule": "constant",
-    "label_smoothing": 0.0, "augment": [], "pixels": "unit", "at_test": [], "precision": "float32",
+    "label_smoothing": 0.0, "augment": [], "at_test": [], "precision": "float32",
 }  # fmt: skip
 # What is done where the command line does not say: (without batch norm, with it).
 BY_NORM = {"head": ("flatten", "gap"), "last_batch": ("keep", "join")}
@@ -58,7 +58,7 @@ RECIPES = {  # what -recipe says where the command line does not
         "l2_decay": 5e-4,
         "dropout": 0.0,
         "label_smoothing": 0.1,
-        "augment": ["flip", "crop"],
+        "augment": ["flip", "crop", "color", "erase"],
         "at_test": ["mirror", "shift"],
     },
 }
@@ -67,7 +67,6 @@ PLACES = "device", "threads", "output_dir", "data_path", "restart", "jobs", "sch
 AUGMENTATIONS = {  # of torchvision.transforms.v2
     "flip": ("RandomHorizontalFlip", {}),
     "crop": ("RandomCrop", {"size": SIZE, "padding": 4, "padding_mode": "reflect"}),
-    "zoom": ("RandomResizedCrop", {"size": SIZE, "scale": (0.6, 1.0), "ratio": (0.8, 1.25)}),
     "color": ("ColorJitter", {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}),
     "erase": ("RandomErasing", {"p": 0.5, "scale": (0.05, 0.2)}),
 }
@@ -150,8 +149,6 @@ def _add_picture_options(add):
     some = {"nargs": "*", "default": [], "metavar": "NAME"}
     augment = f"random changes of the training pictures, some of: {', '.join(AUGMENTATIONS)}"
     add("-augment", choices=AUGMENTATIONS, help=augment, **some)
-    pixels = "their values: 0 to 1, or with the mean 0 and the variance 1 of ImageNet's pictures"
-    add("-pixels", choices=("unit", "normalized"), default="unit", help=pixels)
     at_test = "; ".join(f"{name}: {what}" for name, what in AT_TEST.items())
     add("-at_test", choices=AT_TEST, help=at_test, **some)
 
@@ -275,23 +272,19 @@ VIEWS = {  # what else than a picture itself is seen of it
     "mirror": lambda images: [images.flip(3)],
     "shift": lambda images: [move(images, side, step) for side in (2, 3) for step in (-2, 2)],
 }
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # means and deviations of its pixels
 
 
 class Classifier(nn.Module):
     """Pictures, float (B, 3, 48, 48) in 0..1, -> log-probabilities (B, 6), by the `convs` and the
     `scores` of a subclass.
 
-    pixels: 'normalized' takes ImageNet's mean from them and divides by its deviation.
     precision: 'bfloat16' computes the convolutions in it.
     views: of VIEWS; in evaluation, the mean of a picture's probabilities when seen in all of these.
     """
 
-    def __init__(self, pixels, precision, views):
+    def __init__(self, precision, views):
         super().__init__()
-        self.pixels, self.precision, self.views = pixels, precision, views
-        for name, values in zip(("mean", "deviation"), IMAGENET):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.precision, self.views = precision, views
 
     def forward(self, x):
         if self.training or not self.views:
@@ -304,8 +297,6 @@ class Classifier(nn.Module):
 
     def log_probs(self, x):
         """Those of the pictures as they are."""
-        if self.pixels == "normalized":
-            x = (x - self.mean) / self.deviation
         with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
             x = self.convs(x)  # (B, C, H, W)
         x = x.float() if x.dtype == torch.bfloat16 else x
@@ -324,9 +315,9 @@ class CNN(Classifier):
     def __init__(
         self, batch_norm=True, head="gap", pool="max", kernel_size=3, dropout=0.1, convs=1,
         channels=(3, 32, 64, 128), fc1_out_dim=1024, fc2_out_dim=512,
-        pixels="unit", precision="float32", views=(),
+        precision="float32", views=(),
     ):  # fmt: skip
-        super().__init__(pixels, precision, views)
+        super().__init__(precision, views)
         if kernel_size == SIZE:
             channels = channels[0], channels[-1]
         blocks = []
@@ -380,9 +371,9 @@ class ResNet(Classifier):
 
     def __init__(
         self, channels=(32, 64, 128, 160), depths=(1, 2, 2, 1), dropout=0.1,
-        pixels="unit", precision="float32", views=(),
+        precision="float32", views=(),
     ):  # fmt: skip
-        super().__init__(pixels, precision, views)
+        super().__init__(precision, views)
         blocks = []
         for c_in, c_out, depth in zip((3, *channels), channels, depths):
             blocks.append(ConvBlock(c_in, c_out, 3, True, "max", dropout))
@@ -400,7 +391,7 @@ def build_model(options):
     options = options if isinstance(options, dict) else vars(options)
     options = LATER_OPTIONS | options
     kind, names = {"cnn": (CNN, CNN_OPTIONS), "resnet": (ResNet, ())}[options["model"]]
-    chosen = {name: options[name] for name in (*names, "dropout", "pixels", "precision")}
+    chosen = {name: options[name] for name in (*names, "dropout", "precision")}
     model = kind(**chosen, views=options["at_test"])
     return model.to(memory_format=torch.channels_last)
 
@@ -878,7 +869,8 @@ QUICK = f"{SHORT} -precision bfloat16"
 BETTER = "-recipe best -precision bfloat16"
 BRIEF = f"{BETTER} -epochs 20"
 RECIPE_10, BEST_20 = "the report's recipe, 10 epochs", "best recipe, 20 epochs"
-BEST, BEST_RESNET = "best recipe", "residual network, 20 epochs"
+BEST, FLIP_CROP = "best recipe", "best, flips and crops only"
+BEST_RESNET = "residual network, 20 epochs"
 ADDED = {  # to the report's recipe
     "with momentum": "-momentum 0.9",
     "with one cycle": "-schedule one_cycle",
@@ -887,6 +879,8 @@ ADDED = {  # to the report's recipe
     "with smoothed labels": "-label_smoothing 0.1",
     "with flips": "-augment flip",
     "with crops": "-augment crop",
+    "with changed colours": "-augment color",
+    "with erasing": "-augment erase",
 }
 LEFT_OUT = {  # of the best one
     "without momentum": "-momentum 0",
@@ -894,8 +888,10 @@ LEFT_OUT = {  # of the best one
     "without batches of 64 (8 at rate 0.0125)": "-batch_size 8 -learning_rate 0.0125",
     "without weight decay": "-l2_decay 0",
     "without smoothed labels": "-label_smoothing 0",
-    "without flips": "-augment crop",
-    "without crops": "-augment flip",
+    "without flips": "-augment crop color erase",
+    "without crops": "-augment flip color erase",
+    "without changed colours": "-augment flip crop erase",
+    "without erasing": "-augment flip crop color",
 }
 SYSTEMS = (
     utils.System("plain, rate 0.1", "-no_batch_norm -learning_rate 0.1"),
@@ -920,7 +916,8 @@ SYSTEMS = (
     utils.System(RECIPE_10, QUICK, 3, "beyond"),
     *(utils.System(name, f"{QUICK} {more}", 3, "beyond") for name, more in ADDED.items()),
     utils.System(BEST, BETTER, 5, "beyond"),
-    utils.System(BEST_RESNET, f"{BRIEF} -model resnet", 3, "beyond"),
+    utils.System(FLIP_CROP, f"{BETTER} -augment flip crop", 5, "beyond"),
+    utils.System(BEST_RESNET, f"{BRIEF} -augment flip crop -model resnet", 3, "beyond"),
     utils.System(BEST_20, BRIEF, 3, "beyond"),
     *(utils.System(name, f"{BRIEF} {more}", 3, "beyond") for name, more in LEFT_OUT.items()),
 )
@@ -963,10 +960,11 @@ LOOKS = {  # of a system's lines, the same in every figure
     "no pooling": {"color": "0.4", "linestyle": ":"},
     BEST_20: {"color": utils.SKY},
     BEST: {"color": utils.BLUE},
+    FLIP_CROP: {"color": utils.PURPLE},
     BEST_RESNET: {"color": utils.GREEN},
     "without smoothed labels": {"color": utils.ORANGE, "linestyle": "--"},
 }
-LADDER = VARIANT, BEST_20, BEST, BEST_RESNET
+LADDER = VARIANT, BEST_20, FLIP_CROP, BEST, BEST_RESNET
 
 
 def report_parts(records):

@@ -1317,7 +1317,8 @@ def _trials_table(script, folder):
     records = [read_or_set_aside(path) for path in folder.glob(f"{script.QUESTION}-*.json")]
     records = [record for record in records if is_finished(record)]
     records.sort(key=lambda record: record["measured"]["date"])
-    options = [script.LATER_OPTIONS | record["config"]["options"] for record in records]
+    configs = [record["config"] for record in records]
+    options = [script.LATER_OPTIONS | c["options"] | {"data": c["data"]["name"]} for c in configs]
     scores = [script.trial_scores(record) if "final" in record else {} for record in records]
     columns = max(scores, key=len, default={})
     rows = [
