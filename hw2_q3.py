@@ -1105,12 +1105,13 @@ STEPS = {  # from the report's model with attention to the best recipe, each wit
     "+ two layers": "--layers 2",
 }
 LANGUAGES = {"UK English": "uk", "Portuguese": "portuguese"}
-EQUAL, PRONOUNCED = "attention, small embeddings, input feeding", "pronounced (g2p)"
-LONG = "--recipe best --n_epochs 12"
+EQUAL, PRONOUNCED = "attention, trained better", "pronounced (g2p)"
+SMALL = "--use_attn --embedding_scale 0.1 --input_feeding --dropout 0.2 --schedule one_cycle"
+LONG = "--recipe best --dropout 0.2 --n_epochs 12"
 SYSTEMS = (
     utils.System(PLAIN, ""),
     utils.System(ATTENTION, "--use_attn"),
-    utils.System(EQUAL, "--use_attn --embedding_scale 0.1 --input_feeding", 3, "beyond"),
+    utils.System(EQUAL, SMALL, 3, "beyond"),
     *(
         utils.System(name, " ".join(["--use_attn", *list(STEPS.values())[: i + 1]]), 3, "beyond")
         for i, name in enumerate(STEPS)

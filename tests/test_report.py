@@ -77,7 +77,7 @@ def test_question_2(start, labels):
 BEYOND = {
     "the report's recipe": hw2_q2.VARIANT,
     "`-recipe best`": hw2_q2.BEST,
-    "`-recipe best -model resnet`, 20 epochs": hw2_q2.BEST_RESNET,
+    "`-recipe best -model resnet -augment flip crop`, 20 epochs": hw2_q2.BEST_RESNET,
 }
 
 
@@ -127,8 +127,10 @@ def test_question_3(start, system):
 
 BEYOND_3 = {
     "the report's recipe, attention": hw2_q3.ATTENTION,
+    "the same, trained better": hw2_q3.EQUAL,
     "`--recipe best`": hw2_q3.BEST,
     "`--recipe best`, five models together": hw2_q3.TOGETHER,
+    "`--recipe best --dropout 0.2 --n_epochs 12`, all of WikiPron's US English": hw2_q3.ALL,
 }
 
 
