@@ -1313,7 +1313,7 @@ def draw_calibration(records):
         name = f"{utils.with_seeds(label, runs)}, error {error:.3f}"
         axes.plot(*zip(*means), marker="o", markersize=4, label=name, **LOOKS[label])
     axes.set(xlabel="Probability of the predicted class", ylabel="Share of right answers")
-    axes.legend()
+    utils.legend_above(fig, axes, 1)
     return fig
 
 
