@@ -69,10 +69,6 @@ AUGMENTATIONS = {  # of torchvision.transforms.v2
     "crop": ("RandomCrop", {"size": SIZE, "padding": 4, "padding_mode": "reflect"}),
     "erase": ("RandomErasing", {"p": 0.5, "scale": (0.05, 0.2)}),
 }
-AT_TEST = {
-    "mirror": "the mean of the probabilities for a picture and its mirror image",
-    "shift": "the mean of those for a picture as it is and 2 pixels up, down, left and right",
-}
 
 
 def parse_options(argv=None):
@@ -148,8 +144,8 @@ def _add_picture_options(add):
     some = {"nargs": "*", "default": [], "metavar": "NAME"}
     augment = f"random changes of the training pictures, some of: {', '.join(AUGMENTATIONS)}"
     add("-augment", choices=AUGMENTATIONS, help=augment, **some)
-    at_test = "; ".join(f"{name}: {what}" for name, what in AT_TEST.items())
-    add("-at_test", choices=AT_TEST, help=at_test, **some)
+    at_test = "; ".join(f"{name}: {what}" for name, (what, _) in VIEWS.items())
+    add("-at_test", choices=VIEWS, help=at_test, **some)
 
 
 def _settle(parser, options):
@@ -165,7 +161,7 @@ def _settle(parser, options):
         options.pool = "none"
     for name, usual in BY_NORM.items():
         setattr(options, name, getattr(options, name) or usual[options.batch_norm])
-    for name, order in (("augment", AUGMENTATIONS), ("at_test", AT_TEST)):  # one name a run
+    for name, order in (("augment", AUGMENTATIONS), ("at_test", VIEWS)):  # one name a run
         setattr(options, name, [word for word in order if word in getattr(options, name)])
     if options.model == "resnet" and any(
         getattr(options, name) != usual for name, usual in CNN_OPTIONS.items()
@@ -267,9 +263,15 @@ def move(images, dimension, distance):
     return images.index_select(dimension, places.clamp(0, images.shape[dimension] - 1))
 
 
-VIEWS = {  # what else than a picture itself is seen of it
-    "mirror": lambda images: [images.flip(3)],
-    "shift": lambda images: [move(images, side, step) for side in (2, 3) for step in (-2, 2)],
+VIEWS = {  # of -at_test: what it says, and what else than a picture itself is seen of it
+    "mirror": (
+        "the mean of the probabilities for a picture and its mirror image",
+        lambda images: [images.flip(3)],
+    ),
+    "shift": (
+        "the mean of those for a picture as it is and 2 pixels up, down, left and right",
+        lambda images: [move(images, side, step) for side in (2, 3) for step in (-2, 2)],
+    ),
 }
 
 
@@ -289,8 +291,9 @@ class Classifier(nn.Module):
         if self.training or not self.views:
             return self.log_probs(x)
         seen = [x]
-        for view in self.views:
-            seen += [other for image in seen for other in VIEWS[view](image)]
+        for name in self.views:
+            _, view = VIEWS[name]
+            seen += [other for image in seen for other in view(image)]
         log_probs = torch.stack([self.log_probs(image) for image in seen])  # (views, B, 6)
         return log_probs.logsumexp(0) - math.log(len(seen))
 
