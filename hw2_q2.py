@@ -132,7 +132,8 @@ def _add_network_options(add):
     add("-pool", choices=("max", "avg", "stride", "none"), default="max", help=pool)
     add("-no_maxpool", action="store_true", help="the course's name for -pool stride")
     kernel = f"in pixels; {SIZE}: one convolution over the whole picture instead of three blocks"
-    add("-kernel_size", type=int, choices=(*range(1, 12, 2), SIZE), default=3, help=kernel)
+    sizes, side = (*range(1, 12, 2), SIZE), utils.number(int, 1, SIZE)
+    add("-kernel_size", type=side, choices=sizes, default=3, help=kernel)
     add("-convs", type=utils.number(int, 1, 4), default=1, help="convolutions a block")
 
 

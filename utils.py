@@ -78,11 +78,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if plain else super()._get_help_string(action)
 
 
+NEGATIVE = re.compile(r"-\.?\d")  # how a negative number begins, or what is meant as one
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest option for an unknown one."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self._negative_number_matcher = NEGATIVE  # argparse's own takes -1e3 for an option
 
     def parse_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
@@ -98,8 +102,7 @@ class Parser(argparse.ArgumentParser):
 
     def _looks_unknown(self, word):
         name = word.partition("=")[0]
-        is_number = re.fullmatch(r"-\.?\d.*", word)
-        is_option = word.startswith("-") and word.strip("-") and not is_number
+        is_option = word.startswith("-") and word.strip("-") and not NEGATIVE.match(word)
         return is_option and name not in self._option_string_actions
 
     def arguments(self, options):
@@ -1052,11 +1055,10 @@ def run_many(tasks, summary, options, done=finished_record):
     """Train the runs of `tasks` side by side and return their records, in order.
 
     A run for which done(run) returns a record is passed over, so the same call again does what is
-    left. summary: a
-    record -> what the line says that is printed as its run ends. options: how many at once ('jobs';
-    by default one a core, or one on a GPU), or the address of a Dask scheduler whose workers, on
-    machines that share this folder, do the work ('scheduler'); 'restart' passes no run over. A run
-    that fails takes no other along; at the end UserError says how many did.
+    left. summary: a record -> what the line says that is printed as its run ends. options: how many
+    at once ('jobs'; by default one a core, or one on a GPU), or the address of a Dask scheduler
+    whose workers, on machines that share this folder, do the work ('scheduler'); 'restart' passes
+    no run over. A run that fails takes no other along; at the end UserError says how many did.
     """
     cuda = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
     jobs = options.jobs or (1 if cuda else len(cores()))

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image
 import hw2_q2
 import hw2_q3
 import utils
+from data import prepare_landscapes, prepare_pronunciations
 from tests.conftest import CONFIG, save_checkpoint
 from utils import UserError
 
@@ -351,6 +353,24 @@ def test_words_of_megabytes(tmp_path, scripts):
 
 # ----------------------------------------------------------------------------------------------
 # command lines
+
+WRONG = "-1", "nan", "inf", "1e400", "-1e400", "9" * 30, "0x10", "many", "1 2", " "
+OPTIONS = [  # that take a number or a name: (main, name)
+    (script.main, action.option_strings[0])
+    for script in (hw2_q2, hw2_q3)
+    for action in script.make_parser()._actions
+    if action.option_strings and (action.choices or action.type not in (None, Path))
+]
+OPTIONS += [(prepare_pronunciations.main, name) for name in ("--train", "--valid", "--test")]
+OPTIONS += [(main, "--seed") for main in (prepare_landscapes.main, prepare_pronunciations.main)]
+
+
+@pytest.mark.parametrize(("main", "name"), OPTIONS)
+def test_every_wrong_value_is_refused_by_name_with_what_is_right(main, name, fails):
+    for value in WRONG:
+        line = fails(main, [name, value])
+        assert f"argument {name}: " in line
+        assert re.search(r"is not a (whole )?number in [\[(].+, .+[\])]|choose from", line)
 
 
 @pytest.mark.parametrize(
