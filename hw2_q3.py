@@ -874,6 +874,7 @@ def checkpoint_file(options):
 # testing
 
 MOST = 10  # candidates of the WER@k curves
+EXAMPLES = 10  # words that are printed with several spellings
 SHOWN = 4  # words of the attention figure
 
 
@@ -974,21 +975,27 @@ def score(speller, pairs, options):
     greedy = only_spellings(speller.greedy(words, max_len))
     most = max(options.k, MOST)
     samples = only_spellings(speller.sample(words, options.topp, most, seed, max_len))
-    beams = {n: only_spellings(speller.beam(words, n, max_len)) for n in {size, MOST}}
+    found = {n: speller.beam(words, n, max_len) for n in {size, MOST}}
+    beams = {n: only_spellings(candidates) for n, candidates in found.items()}
     at = min(size, options.k)
+    best = [[[w, round(score, 3)] for w, score in own[:at]] for own in found[size][:EXAMPLES]]
     return {
         "lengths": [len(split(word)) for word in true],
         "max_len": max_len,
         "greedy": score_candidates(greedy, true, 1, split),
         "nucleus": {"p": options.topp, "k": options.k}
         | score_candidates(samples, true, options.k, split),
-        "beam": {"size": size} | score_candidates(beams[size], true, at, split),
+        "beam": {"size": size, "examples": list(map(list, zip(true, best)))}
+        | score_candidates(beams[size], true, at, split),
         "curves": {
             name: [wer_at_k(candidates, true, k) for k in range(1, MOST + 1)]
             for name, candidates in (("nucleus", samples), ("beam", beams[MOST]))
         },
         "mistakes": mistakes([split(found[0]) for found in greedy], list(map(split, true))),
-        "examples": [[w, list(dict.fromkeys(s[: options.k]))] for w, s in zip(true[:10], samples)],
+        "examples": [
+            [word, list(dict.fromkeys(drawn[: options.k]))]
+            for word, drawn in zip(true[:EXAMPLES], samples)
+        ],
     }
 
 
@@ -1017,7 +1024,7 @@ def print_scores(final, options, mark=""):
         nucleus, k = final["nucleus"], options.k
         print(f"Nucleus sampling, p = {nucleus['p']:g}, the first of {k} samples:")
         line(nucleus)
-        print("Printing first 10 examples with multiple predictions:")
+        print(f"Printing first {EXAMPLES} examples with multiple predictions:")
         for word, spellings in final["examples"]:
             print(f"({word!r}, {{{', '.join(map(repr, spellings))}}})")
         print(f"Test WER@{k}: {nucleus[f'wer@{k}']:.4f}{mark}")
@@ -1025,6 +1032,9 @@ def print_scores(final, options, mark=""):
         beam, k = final["beam"], min(options.k, options.beam_size)
         print(f"Beam search, size {beam['size']}, the best:")
         line(beam)
+        print(f"Printing first {EXAMPLES} examples with their {k} best and log-probabilities:")
+        for word, found in beam["examples"]:
+            print(f"({word!r}, {{{', '.join(f'{s!r}: {score:.3f}' for s, score in found)}}})")
         print(f"Test WER@{k}: {beam[f'wer@{k}']:.4f}{mark}")
 
 

@@ -1,5 +1,6 @@
 """Question 3: options, symbols, attention, decoding, scores, training, testing, spelling."""
 
+import ast
 import io
 import itertools
 import json
@@ -809,7 +810,13 @@ def test_output_record_and_figures_of_a_run(train, tmp_path, capsys, argv, words
         assert len(set(spellings)) == len(spellings) <= 3
     assert [word for word, _ in final["examples"]] == [w for _, w in words.splits["test"]]
     assert lines[at + 11] == f"Test WER@3: {final['nucleus']['wer@3']:.4f}"
-    assert f"Test WER@3: {final['beam']['wer@3']:.4f}" in lines[at + 12 :]
+    at = lines.index("Printing first 10 examples with their 3 best and log-probabilities:")
+    assert [word for word, _ in final["beam"]["examples"]] == [w for w, _ in final["examples"]]
+    for line, (word, found) in zip(lines[at + 1 : at + 11], final["beam"]["examples"]):
+        assert ast.literal_eval(line) == (word, dict(found))
+        assert [score for _, score in found] == sorted((s for _, s in found), reverse=True)
+        assert len(dict(found)) == len(found) == 3
+    assert lines[at + 11] == f"Test WER@3: {final['beam']['wer@3']:.4f}"
     for curve in final["curves"].values():
         assert len(curve) == 10
         assert curve == sorted(curve, reverse=True)
