@@ -81,6 +81,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 NEGATIVE = re.compile(r"-\.?\d")  # how a negative number begins, or what is meant as one
 
 
+def _is_of_a_system(word):
+    """Whether the system could have given this argument: lone surrogates and NUL are none of its
+    characters."""
+    try:
+        return b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:
+        return False
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest option for an unknown one."""
 
@@ -90,6 +99,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            if not _is_of_a_system(word):  # a path of it would fail late, and not as an OSError
+                self.error(f"{word!r}: has a character that no file's name can have")
         named = words[: words.index("--")] if "--" in words else words
         unknown = [word for word in named if self._looks_unknown(word)]  # also a shortened name
         if not unknown:

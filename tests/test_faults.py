@@ -373,6 +373,20 @@ def test_every_wrong_value_is_refused_by_name_with_what_is_right(main, name, fai
         assert re.search(r"is not a (whole )?number in [\[(].+, .+[\])]|choose from", line)
 
 
+@pytest.mark.parametrize("word", ["\ud800", "a\0b"])
+@pytest.mark.parametrize(
+    ("main", "name"),
+    [
+        (hw2_q2.main, "-data_path"),
+        (hw2_q3.main, "--data_dir"),
+        (prepare_landscapes.main, "--archive"),
+        (prepare_pronunciations.main, "--tsv"),
+    ],
+)
+def test_paths_that_no_system_has(main, name, word, fails):
+    assert "has a character that no file's name can have" in fails(main, [name, word])
+
+
 @pytest.mark.parametrize(
     ("main", "words"),
     [

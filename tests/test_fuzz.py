@@ -306,6 +306,8 @@ OPTIONS += ["--archive", "--tsv", "--language", "--train", "-learning_rat", "--u
 @example(words=["--recipe", "best", "--ensemble", "--seed", "1", "2"])
 @example(words=["--direction", "g2p", "--use_attn", "--input_feeding", "--clip", "2"])
 @example(words=["-\n"])
+@example(words=["--tsv", "\ud800"])
+@example(words=["-data_path", "\0"])
 @given(words=st.lists(st.sampled_from(OPTIONS) | ODD_TEXT | st.integers().map(str), max_size=6))
 def test_command_lines(name, words):
     errors = io.StringIO()
