@@ -373,6 +373,11 @@ def test_every_wrong_value_is_refused_by_name_with_what_is_right(main, name, fai
         assert re.search(r"is not a (whole )?number in [\[(].+, .+[\])]|choose from", line)
 
 
+def test_the_readme_says_how_many_wrong_values_there_are():
+    text = (utils.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"-k wrong_value` | {len(OPTIONS) * len(WRONG)} wrong values |" in text
+
+
 @pytest.mark.parametrize("word", ["\ud800", "a\0b"])
 @pytest.mark.parametrize(
     ("main", "name"),
