@@ -1327,13 +1327,15 @@ def _read_records(folder, question, known):
 
 def _trials_table(script, folder):
     """What the runs in `folder` changed, against the first of them, and what it gave; None without
-    any. Their options may be gone again: the commit has them."""
+    any. Their options may be gone again: the commit has them. They need not have been tested."""
     records = [read_or_set_aside(path) for path in folder.glob(f"{script.QUESTION}-*.json")]
-    records = [record for record in records if is_finished(record)]
+    records = [record for record in records if record]
     records.sort(key=lambda record: record["measured"]["date"])
     configs = [record["config"] for record in records]
     options = [script.LATER_OPTIONS | c["options"] | {"data": c["data"]["name"]} for c in configs]
-    scores = [script.trial_scores(record) if "final" in record else {} for record in records]
+    scores = [
+        {} if "diverged_in_epoch" in record else script.trial_scores(record) for record in records
+    ]
     columns = max(scores, key=len, default={})
     rows = [
         [
