@@ -3,6 +3,7 @@ clear line, status 2, and what was there before stays."""
 
 import errno
 import io
+import json
 import os
 import re
 import subprocess
@@ -373,9 +374,18 @@ def test_every_wrong_value_is_refused_by_name_with_what_is_right(main, name, fai
         assert re.search(r"is not a (whole )?number in [\[(].+, .+[\])]|choose from", line)
 
 
-def test_the_readme_says_how_many_wrong_values_there_are():
+def test_the_readme_says_how_long_the_long_runs_were():
     text = (utils.ROOT / "README.md").read_text(encoding="utf-8")
+    long_runs = json.loads((utils.ROOT / "figures" / "long_runs.json").read_text())
+    kills, first, again = (run["tests"] for run in long_runs["runs"])
+    assert all(test["passed"] for test in kills.values())
+    assert f"| {sum(test['kills'] for test in kills.values())} kills |" in text
+    fuzzed = first | again  # as mended
+    assert all(test["passing"] == 100_000 and not test["failing"] for test in fuzzed.values())
+    assert f"| {len(fuzzed)} x 100,000 inputs |" in text
     assert f"-k wrong_value` | {len(OPTIONS) * len(WRONG)} wrong values |" in text
+    for run in long_runs["runs"]:
+        assert run["commit"] in text
 
 
 HALF = pytest.param("\ud800", marks=pytest.mark.skipif(os.name == "nt", reason="a name there"))
