@@ -321,7 +321,8 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        return x * torch.rand_like(x).ge_(self.p).div_(1 - self.p)
+        mask = torch.rand_like(x, dtype=torch.float32)  # bfloat16 has too few numbers below 1
+        return (x * mask.ge_(self.p).div_(1 - self.p)).to(x.dtype)
 
 
 def cores():

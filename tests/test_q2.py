@@ -315,14 +315,17 @@ def test_bfloat16_convolutions_are_near_float32s(argv):
     assert not torch.equal(*outputs)
 
 
-def test_dropout_keeps_the_right_share_and_the_mean():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.1, 0.002])
+def test_dropout_keeps_the_right_share_and_the_mean(dtype, share):
     torch.manual_seed(0)
-    dropout = utils.Dropout(0.1)
-    x = torch.ones(1000, 1000)
+    dropout = utils.Dropout(share)
+    x = torch.full((1000, 1000), 1 - share, dtype=dtype)
     dropped = dropout(x)
-    assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
-    assert dropped.max().item() == pytest.approx(1 / 0.9)
-    assert dropped.mean().item() == pytest.approx(1, abs=0.002)
+    assert dropped.dtype == dtype
+    assert (dropped == 0).float().mean().item() == pytest.approx(share, abs=0.001)
+    assert dropped.max().item() == pytest.approx(1, abs=0.004)
+    assert dropped.float().mean().item() == pytest.approx(1 - share, abs=0.003)
     assert torch.equal(dropout.eval()(x), x)
 
 
