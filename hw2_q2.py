@@ -1289,10 +1289,11 @@ def count_mistakes(records):
     sure, every = (mean_matrix(runs, name).sum() for name in ("confident", "confusion"))
     disputed = [run["final"]["test"]["disputed"] for run in runs]
     count, wrong, certain = (statistics.mean(column) for column in zip(*disputed))
+    share = wrong / every if every else 0
     return (
         f"Of {every:.1f} mistakes (mean over seeds) {sure:.1f} are made with a probability of .9 "
         f"and more. Of the {count:g} test pictures that are also among the training pictures under "
-        f"another label {wrong:.1f} ({wrong / every:.1%} of the mistakes) are taken for another "
+        f"another label {wrong:.1f} ({share:.1%} of the mistakes) are taken for another "
         f"class than their own, {certain:.1f} of them with such a probability"
     )
 
@@ -1345,7 +1346,7 @@ def draw_ladder(records):
     utils.plot_against_time(axes, points, LOOKS)
     reported = REPORTED[VARIANT][1]
     axes.axhline(reported, color="0.4", linestyle="--", label=f"the report, {reported:.4f}")
-    axes.set(xlabel="Training time on one thread (minutes)", ylabel="Test accuracy")
+    axes.set(xlabel="Training time (minutes)", ylabel="Test accuracy")
     axes.set_xlim(0, None)
     utils.legend_above(fig, axes)
     return fig
@@ -1520,6 +1521,8 @@ def classify(options):
     rows = predict(model, images.to(device)).exp().tolist()
 
     note = ", trained on the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else ""
+    if saved["config"]["options"].get("at_test"):
+        note = f" on pictures as they are{note}"  # epochs are not scored with all views
     accuracy = saved["history"]["val_accuracy"][-1]
     print(f"Network: {path} (validation accuracy {accuracy:.4f}{note})", file=sys.stderr)
     answers = [
@@ -1533,11 +1536,12 @@ def classify(options):
     if options.json:
         print(json.dumps(answers, indent=1, ensure_ascii=False))
         return
-    width = max(len("picture"), *(len(answer["picture"]) for answer in answers))
+    names = [utils.printable(answer["picture"]) for answer in answers]
+    width = max(map(len, ("picture", *names)))
     print(f"{'picture':{width}}  {'class':9}  " + " ".join(f"{name:>9}" for name in CLASSES))
-    for answer in answers:
+    for name, answer in zip(names, answers):
         shares = " ".join(f"{share:9.3f}" for share in answer["probabilities"].values())
-        print(f"{answer['picture']:{width}}  {answer['class']:9}  {shares}")
+        print(f"{name:{width}}  {answer['class']:9}  {shares}")
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1454,7 +1454,7 @@ def draw_ladder(scored):
     ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ticks.set_major_formatter("{x:g}")
     ticks.set_minor_formatter("")
-    panels[1].set(xlabel="Training time on one thread (minutes)")
+    panels[1].set(xlabel="Training time (minutes)")
     utils.legend_above(fig, panels[0])
     return fig
 

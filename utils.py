@@ -245,8 +245,9 @@ def run_script(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as tidily as by Ctrl-C
     commit()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and not stream.isatty():  # Windows has another default
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            encoding = None if stream.isatty() else "utf-8"  # Windows has another for files
+            stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -309,6 +310,7 @@ def prepare_device(name=None, threads=None):
     torch.set_num_threads(threads or len(cores()))
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # where graphs are captured
+        torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions have 10 bits for 23
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Only warn: max pooling's backward pass adds atomically, but its windows do not overlap.
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -605,7 +607,7 @@ def read_picture(file):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
-            with Image.open(file, formats=FORMATS) as picture:
+            with Image.open(file, formats=picture_formats()) as picture:
                 picture = ImageOps.exif_transpose(picture)
                 if picture.mode == "F":  # convert() would take 0 to 1 for black
                     raise ValueError("its pixels are floats, of which nothing says what is white")
@@ -624,6 +626,12 @@ def read_picture(file):
 
 # Those that a photograph may come in; others of Pillow's start programs or are films.
 FORMATS = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
+
+
+def picture_formats():
+    """Those that this Pillow can read."""
+    Image.init()
+    return [kind for kind in FORMATS if kind in Image.OPEN]
 
 
 def picture_endings():
@@ -863,8 +871,9 @@ def _check_optimizer(saved, optimizer):
             raise ValueError("another optimizer's settings")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for number, state in saved["state"].items():
-        shapes = {tuple(t.shape) for t in state.values() if t is not None}
-        if not state.keys() <= STATES[type(optimizer)] or not shapes <= {(), weights[number].shape}:
+        own = {name: () if name == "step" else weights[number].shape for name in state}
+        found = {name: t.shape if t is not None else own[name] for name, t in state.items()}
+        if state and (state.keys() != STATES[type(optimizer)] or found != own):
             raise ValueError("another optimizer's state")
 
 
@@ -1020,21 +1029,6 @@ class Task:
             return 0
 
 
-def train_many(script, several, data=None, done=None):
-    """Train the runs that several namespaces of options describe, side by side: their records.
-
-    script: the question's module; it has make_parser, make_run, load_data and summary. done: as
-    of run_many.
-    """
-    data = data or script.load_data(several[0])
-    parser, tasks = script.make_parser(), []
-    for options in several:
-        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
-        words = str(Path(script.__file__).resolve()), *parser.arguments(own)
-        tasks.append(Task(script.make_run(options, data), words, epochs_of(own)))
-    return run_many(tasks, script.summary, several[0], done or finished_record)
-
-
 def epochs_of(options):
     """How many epochs a dictionary of options asks for, by either question's name for them."""
     return options.get("epochs") or options["n_epochs"]
@@ -1064,20 +1058,39 @@ def read_or_set_aside(path):
         return {}
 
 
+def train_many(script, several, data=None, done=finished_record):
+    """Train the runs that several namespaces of options describe, side by side: their records.
+
+    script: the question's module; it has make_parser, make_run, load_data and summary. done: as
+    of run_many.
+    """
+    data = data or script.load_data(several[0])
+    parser, tasks = script.make_parser(), []
+    for options in several:
+        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
+        words = str(Path(script.__file__).resolve()), *parser.arguments(own)
+        tasks.append(Task(script.make_run(options, data), words, epochs_of(own)))
+    return run_many(tasks, script.summary, several[0], done)
+
+
 def run_many(tasks, summary, options, done=finished_record):
     """Train the runs of `tasks` side by side and return their records, in order.
 
     A run for which done(run) returns a record is passed over, so the same call again does what is
     left. summary: a record -> what the line says that is printed as its run ends. options: how many
     at once ('jobs'; by default one a core, or one on a GPU), or the address of a Dask scheduler
-    whose workers, on machines that share this folder, do the work ('scheduler'); 'restart' passes
-    no run over. A run that fails takes no other along; at the end UserError says how many did.
+    whose workers, on machines that share this folder, do the work ('scheduler'); 'restart' first
+    removes what there is of the runs. A run that fails takes no other along; at the end UserError
+    says how many did.
     """
     cuda = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
     jobs = options.jobs or (1 if cuda else len(cores()))
     left, failed = {}, 0
+    for task in tasks if options.restart else ():  # or what is interrupted would pass for done
+        task.run.record.unlink(missing_ok=True)
+        task.run.checkpoint.unlink(missing_ok=True)
     for task in tasks:
-        record = None if options.restart else done(task.run)
+        record = done(task.run)
         if record:
             print(f"{task.run.name}: {summary(record)} (from its record)")
         else:
@@ -1487,6 +1500,7 @@ def minutes(record):
 def machines(records):
     """Sentences that say on what machines and with which versions the records were made."""
     counts = Counter(
+        f"{'' if m['device'] == 'cpu' else m['device'] + ', '}"
         f"{m['cores']} cores of an {m['processor']}, {m['threads']} thread"
         f"{'s' * (m['threads'] > 1)} a run, torch {m['torch']}, Python {m['python']}"
         for m in (record["measured"] for record in records)

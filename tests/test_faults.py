@@ -169,7 +169,9 @@ def test_optimizers_that_would_write_beyond_their_tensors(scripts, tmp_path, fai
     state, [group] = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
     spoiled = [
         {"state": state | {1: state[1] | {"exp_avg": torch.zeros(3)}}},
+        {"state": state | {1: state[1] | {"exp_avg": torch.zeros(())}}},
         {"state": state | {1: state[1] | {"another": torch.zeros(())}}},
+        {"state": state | {1: {k: v for k, v in state[1].items() if k != "exp_avg"}}},
         {"state": state | {99: state[1]}},
         {"param_groups": [group | {"lr": "much"}]},
         {"param_groups": [{k: v for k, v in group.items() if k != "betas"}]},

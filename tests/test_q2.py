@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -934,8 +935,9 @@ def test_the_best_checkpoint_on_photographs_is_chosen(trained, pictures, capsys)
     (first,) = (trained / "checkpoints").glob("*.pt")
     saved = utils.load_checkpoint(first)
 
-    def save(name, data, *accuracies):
+    def save(name, data, *accuracies, **more):
         config = saved["config"] | {"data": DATA | {"name": data}}
+        config["options"] = saved["config"]["options"] | more
         history = {"val_accuracy": list(accuracies)}
         seconds = [1.0] * len(accuracies)
         parts = {"config": config, "history": history, "seconds": seconds}
@@ -952,6 +954,20 @@ def test_the_best_checkpoint_on_photographs_is_chosen(trained, pictures, capsys)
     save("b", "photographs", 0.5, 0.7)
     assert "q2-b.pt (validation accuracy 0.7000)" in chosen()
     assert "q2-a.pt" in chosen("-checkpoint", first.with_name("q2-a.pt"))
+    save("c", "photographs", 0.8, at_test=["mirror"])
+    assert "q2-c.pt (validation accuracy 0.8000 on pictures as they are)" in chosen()
+
+
+def test_names_that_a_terminal_would_obey_or_refuse(trained, pictures, capsys):
+    odd = os.fsdecode(b"\x1b]0;owned\x07\xff.png")
+    try:
+        (pictures / "0.png").rename(pictures / odd)
+    except OSError:
+        pytest.skip("no such name on this system")
+    hw2_q2.main(["-predict", str(pictures), "-output_dir", str(trained)])
+    table = capsys.readouterr().out
+    assert r"\x1b]0;owned\x07\udcff.png" in table
+    assert table.replace("\n", "").isprintable()
 
 
 def test_a_network_of_scrambled_pictures_is_scored_and_asked_with_them(

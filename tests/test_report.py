@@ -343,6 +343,13 @@ def test_records_name_their_machines():
         assert record["measured"]["processor"]
 
 
+def test_machines_are_counted_with_their_gpus():
+    machine = {"processor": "CPU", "cores": 2, "threads": 1, "torch": "2", "python": "3"}
+    records = [{"measured": machine | {"device": name}} for name in ("cpu", "cpu", "GPU")]
+    same = "2 cores of an CPU, 1 thread a run, torch 2, Python 3"
+    assert utils.machines(records) == f"{same} (2 runs); GPU, {same} (1 runs)"
+
+
 def test_records_hold_no_paths_and_can_be_repeated():
     assert RECORDS
     for record in RECORDS:

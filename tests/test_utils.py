@@ -173,6 +173,13 @@ def test_pictures_of_every_mode_and_size(tmp_path, mode):
     assert picture.float().mean((1, 2)).tolist() == pytest.approx(expected, abs=1)
 
 
+def test_formats_that_this_pillow_lacks_do_not_hinder_the_others(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (48, 48)).save(path)
+    monkeypatch.delitem(Image.OPEN, "AVIF", raising=False)
+    assert utils.read_picture(path).shape == (3, 48, 48)
+
+
 def test_a_picture_of_floats_is_refused(tmp_path):
     Image.new("F", (60, 60), 0.5).save(tmp_path / "x.tiff")
     with pytest.raises(UserError, match="pixels are floats, of which nothing says"):
@@ -674,6 +681,19 @@ def test_the_next_call_does_what_is_left(make_tasks, capsys):
     assert capsys.readouterr().out.count("(from its record)") == 2
     run_many(tasks, restart=True)
     assert [starts(task) for task in tasks] == [2, 3, 2]
+
+
+def test_runs_begun_anew_do_not_pass_for_done(make_tasks, capsys):
+    """What they were before is gone, as one is interrupted or another fails."""
+    tasks = make_tasks("good", "diverge")
+    run_many(tasks)
+    utils.write_file(tasks[0].run.checkpoint, lambda file: file.write_bytes(b"old"))
+    again = make_tasks("fail", "die")
+    with pytest.raises(UserError, match="2 of 2 runs failed"):
+        run_many(again, restart=True)
+    assert not tasks[0].run.checkpoint.exists()
+    assert [utils.finished_record(task.run) for task in tasks] == [None, None]
+    assert "diverged" not in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_broken_record_is_set_aside_and_its_run_repeated(make_tasks, capsys):
