@@ -199,7 +199,7 @@ def add_machine_options(parser, dash):
     group.add_argument(f"{dash}jobs", type=number(int, 1, 1024), help=jobs)
     scheduler = "spread several runs over the workers of this Dask scheduler, tcp://HOST:PORT"
     group.add_argument(f"{dash}scheduler", metavar="ADDRESS", help=scheduler)
-    restart = "forget an unfinished run, begin anew"
+    restart = "forget an unfinished run, of several the finished ones too, and begin anew"
     group.add_argument(f"{dash}restart", action="store_true", help=restart)
     folder = "where checkpoints/ and figures/ are written (default: beside the scripts)"
     group.add_argument(f"{dash}output_dir", type=Path, default=ROOT, help=folder)
