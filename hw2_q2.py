@@ -1484,6 +1484,8 @@ def load_network(path, device="cpu"):
         model.load_state_dict(saved["model"])
         saved["history"]["val_accuracy"][-1]
     except utils.MISFITS as error:
+        if utils.is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: not a network of question 2 ({utils.one_line(error)})")
     return model.to(device).eval(), saved
 

@@ -105,23 +105,25 @@ def _add_training_options(add):
     add("--use_attn", action="store_true", help="Bahdanau attention over the phonemes")
     feeding = "the decoder also reads what attention made of its last step; slower"
     add("--input_feeding", action="store_true", help=feeding)
-    add("--clip", type=real, help="greatest norm of a step's gradient (default: any)")
+    add("--clip", type=real, help="greatest norm of a step's gradient; without it any")
     small = "standard deviation of the embeddings, and of the tied output layer, at the start"
     add("--embedding_scale", type=real, default=1.0, help=small)
     direction = "spell what is heard (p2g), or pronounce what is written (g2p)"
     add("--direction", choices=("p2g", "g2p"), default="p2g", help=direction)
-    where = "folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in sample)"
+    where = "folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in sample); "
+    where += "for spell: of the words that the model has learned"
     add("--data_dir", type=Path, metavar="DIR", help=where)
     name = "the checkpoint's file (default: made of the options; for spell: the best one)"
     add("--checkpoint_name", type=Path, metavar="FILE", help=name)
 
 
 def _add_decoding_options(add):
-    add("--nucleus", action="store_true", help="also sample from the nucleus (top-p)")
+    nucleus = "also sample from the nucleus (top-p); for spell: instead of greedy spelling"
+    add("--nucleus", action="store_true", help=nucleus)
     p = utils.number(float, 0, 1, low_open=True)
     add("--topp", type=p, help="the nucleus's probability, implies --nucleus (default: 0.8)")
-    add("--k", type=utils.number(int, 1, 100), default=3, help="samples a word")
-    beam = "also search with a beam of this size"
+    add("--k", type=utils.number(int, 1, 100), default=3, help="candidates a word; the k of WER@k")
+    beam = "also search with a beam of this size; for spell: instead of the others"
     add("--beam_size", type=utils.number(int, 1, 100), metavar="N", help=beam)
     together = "test, or spell with, the models of several seeds together; without a mode, first "
     together += "train those that are missing"
@@ -145,7 +147,9 @@ def _settle(parser, options):
     several = [name for name in ("lr", "seed") if isinstance(getattr(options, name), list)]
     if options.ensemble and (several != ["seed"] or options.mode == "train"):
         parser.error("--ensemble is for testing or spelling with several seeds: --seed 42 1 2")
-    if several and (options.checkpoint_name or (options.mode and not options.ensemble)):
+    if several and options.checkpoint_name:
+        parser.error(f"--checkpoint_name is one run's file: give one --{several[0]}")
+    if several and options.mode and not options.ensemble:
         parser.error(f"several values of --{several[0]} are for training and testing in one")
     if options.ipa and options.input:
         parser.error("give IPA either as arguments or by --input")
@@ -172,8 +176,8 @@ PAD, UNK, START, END = range(len(SPECIAL))  # no decoder ever emits those before
 
 class Vocabulary:
     """The symbols of one side, numbered from 0; the first are the special ones, which no text has:
-    what looks like one there is unknown. spaced: whether its texts have spaces between the symbols,
-    as those of phonemes have."""
+    what looks like one there is another symbol. spaced: whether its texts have spaces between the
+    symbols, as those of phonemes have."""
 
     def __init__(self, symbols, spaced=False):
         self.symbols, self.spaced = list(symbols), spaced
@@ -802,15 +806,19 @@ def summary(record):
     return f"Test {rate}: {greedy['cer']:.4f}, Test WER: {greedy['wer']:.4f}, {at_k}"
 
 
+def data_name(folder):
+    """What the words in a folder are called: those of a folder in data/ bear its name."""
+    place = Path(os.path.abspath(folder))
+    inside = place.exists() and DATA_DIR.exists() and place.parent.samefile(DATA_DIR)
+    return place.name if inside and place.name != "sample" else "pronunciations"
+
+
 def load_data(options):
-    """The words in --data_dir, or in its default place, or else the built-in sample. Those in a
-    folder in data/ bear its name."""
+    """The words in --data_dir, or in its default place, or else the built-in sample."""
     folder = options.data_dir or DATA_DIR
     if options.data_dir or (folder / "train.tsv").exists():
-        data, place = utils.load_pronunciations(folder), Path(os.path.abspath(folder))
-        inside = DATA_DIR.exists() and place.parent.samefile(DATA_DIR)
-        named = inside and place.name != "sample"
-        return utils.Pronunciations(data.splits, place.name) if named else data
+        splits = utils.load_pronunciations(folder).splits
+        return utils.Pronunciations(splits, data_name(folder))
     print(
         "No train.tsv found: training on the built-in SAMPLE, words of the CMU dictionary.\n"
         "  To get Wiktionary's: python -m data.prepare_pronunciations --language eng_latn_us_broad"
@@ -894,6 +902,8 @@ def load_speller(path, device):
         min(saved["history"]["val_cer"])
         "".join(source.symbols + target.symbols)
     except utils.MISFITS as error:
+        if utils.is_out_of_memory(error):
+            raise
         raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
     return Speller(model.eval(), source, target), saved
 
@@ -958,11 +968,15 @@ def test(run, data, device, options):
     if not is_whole(saved, run):
         print("The checkpoint is unfinished or of another run: no record and no figures written")
         return
-    record = utils.load_record(run.record) | {"final": final}
+    before = utils.load_record(run.record)
+    record = before | {"final": final}
     draw_wer_at_k(run.figures / "wer-at-k.png", record)
     if final["attention"]:
         utils.save_figure(run.figures / "attention.png", plot_attention(record))
-    utils.save_record(run.record, record)  # last: a run with a whole record is complete
+    if is_spelled_alike(before) and not is_spelled_alike(record):
+        print("The record keeps the scores that --report compares: of other decoding options")
+    else:
+        utils.save_record(run.record, record)  # last: a run with a whole record is complete
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
 
 
@@ -1193,7 +1207,7 @@ def report_parts(records):
         "table attention": error_table(scored, [(PLAIN, "greedy"), (ATTENTION, "greedy")]),
         "attention": plot_attention(first[0]) if first else None,
         "table nucleus": error_table(scored, [key for key in REPORTED if key[0] == ATTENTION]),
-        "wer-at-k": draw_candidates(scored[ATTENTION]),
+        "wer-at-k": draw_candidates(scored[ATTENTION], REPORTED[ATTENTION, "nucleus"][1:]),
         "table examples": example_table(first),
         "examples right": count_right_examples(scored[ATTENTION]),
         "lengths": draw_lengths({label: scored[label] for label in (PLAIN, ATTENTION)}),
@@ -1211,7 +1225,7 @@ def is_spelled_alike(record):
     """Whether a run was tested, and by the decoding options that the report's tables are about."""
     final = record.get("final")
     return bool(final) and (
-        final["nucleus"]["p"] == 0.8
+        (final["nucleus"]["p"], final["nucleus"]["k"]) == (0.8, 3)
         and final["beam"]["size"] == 5
         and final.get("max_len", MAX_LEN) == MAX_LEN  # the first records do not say it
     )
@@ -1310,7 +1324,8 @@ def kind_table(scored):
 
 
 def mistake_table(runs, most=12):
-    """The most frequent single edits, greedy, a thousand words, mean over runs."""
+    """The most frequent single edits, greedy, mean over runs; one that is not among a run's twenty
+    counts as none there."""
     counts = Counter()
     for run in runs:
         for true, written, count in run["final"]["mistakes"]["common"]:
@@ -1335,9 +1350,9 @@ def draw_cer(records, labels):
     return fig
 
 
-def draw_candidates(runs):
-    """WER@k against k, of nucleus sampling and of beam search, with the report's two values and our
-    greedy spelling, or None without runs."""
+def draw_candidates(runs, reported=()):
+    """WER@k against k, of nucleus sampling and of beam search, with our greedy spelling and the
+    report's WER and WER@3 if they are given, or None without runs."""
     if not runs:
         return None
     fig, axes = utils.figure()
@@ -1348,8 +1363,8 @@ def draw_candidates(runs):
         utils.plot_bands(axes, curves, utils.with_seeds(name, runs), ".", **look)
     greedy = np.mean([run["final"]["greedy"]["wer"] for run in runs])
     axes.axhline(greedy, color="0.5", linestyle=":", label="greedy")
-    _, first, third = REPORTED[ATTENTION, "nucleus"]
-    axes.plot([1, 3], [first, third], "x", color="black", label="nucleus, the report")
+    if reported:
+        axes.plot([1, 3], reported, "x", color="black", label="nucleus, the report")
     axes.set_xticks(range(1, MOST + 1))
     axes.set(xlabel="k candidates a word", ylabel="Test WER@k")
     utils.legend_above(fig, axes)
@@ -1479,15 +1494,24 @@ def segment(text, phonemes):
 
 
 def choose_speller(options, device):
-    """The Speller of --checkpoint_name, or the best there is, and what to say of it."""
+    """The Speller of --checkpoint_name, or else the best one of --data_dir's words, without it of
+    any words, though of the usual ones where there is one; and what to say of it."""
+    usual = data_name(options.data_dir or DATA_DIR)
+
+    def score(saved):
+        return saved["config"]["data"]["name"] == usual, -min(saved["history"]["val_cer"])
+
+    def wanted(saved):
+        meant = score(saved)[0] or not options.data_dir
+        return meant and is_turned(saved["config"]["options"]) == is_turned(vars(options))
+
     path = checkpoint_file(options) or utils.best_checkpoint(
-        options.output_dir / "checkpoints",
-        "q3",
-        lambda saved: -min(saved["history"]["val_cer"]),
-        lambda saved: is_turned(saved["config"]["options"]) == is_turned(vars(options)),
+        options.output_dir / "checkpoints", "q3", score, wanted
     )
     speller, saved = load_speller(path, device)
-    known = "the built-in SAMPLE" if saved["config"]["data"]["name"] == "sample" else "your words"
+    name = utils.printable(saved["config"]["data"]["name"])
+    known = {"sample": "the built-in SAMPLE", "pronunciations": "your words"}
+    known = known.get(name, f"the words in data/{name}")
     cer = min(saved["history"]["val_cer"])
     rate = rate_name(saved["config"]["options"])
     return speller, f"{path} (trained on {known}, validation {rate} {cer:.4f})"
@@ -1578,7 +1602,7 @@ def main(argv=None):
         utils.write_report(sys.modules[__name__], options)
         return
     if not options.mode and len(several := members(options)) > 1:
-        done = whole_record if options.ensemble else None
+        done = whole_record if options.ensemble else utils.finished_record
         utils.train_many(sys.modules[__name__], several, done=done)
         if not options.ensemble:
             return

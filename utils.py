@@ -199,7 +199,7 @@ def add_machine_options(parser, dash):
     group.add_argument(f"{dash}jobs", type=number(int, 1, 1024), help=jobs)
     scheduler = "spread several runs over the workers of this Dask scheduler, tcp://HOST:PORT"
     group.add_argument(f"{dash}scheduler", metavar="ADDRESS", help=scheduler)
-    restart = "forget an unfinished run, of several the finished ones too, and begin anew"
+    restart = "forget an unfinished run, of several runs the finished ones too, and begin anew"
     group.add_argument(f"{dash}restart", action="store_true", help=restart)
     folder = "where checkpoints/ and figures/ are written (default: beside the scripts)"
     group.add_argument(f"{dash}output_dir", type=Path, default=ROOT, help=folder)
@@ -1021,6 +1021,14 @@ class Task:
     arguments: tuple
     epochs: int
 
+    def is_begun_anew(self, record):
+        """Whether its checkpoint is of a later training than its record, and unfinished."""
+        try:
+            saved = load_checkpoint(self.run.checkpoint, mmap=True)
+        except UserError:
+            return False
+        return "final" in record and not saved["finished"]
+
     def epochs_done(self):
         """How many epochs its checkpoint has."""
         try:
@@ -1079,19 +1087,16 @@ def run_many(tasks, summary, options, done=finished_record):
     A run for which done(run) returns a record is passed over, so the same call again does what is
     left. summary: a record -> what the line says that is printed as its run ends. options: how many
     at once ('jobs'; by default one a core, or one on a GPU), or the address of a Dask scheduler
-    whose workers, on machines that share this folder, do the work ('scheduler'); 'restart' first
-    removes what there is of the runs. A run that fails takes no other along; at the end UserError
-    says how many did.
+    whose workers, on machines that share this folder, do the work ('scheduler'); 'restart' passes
+    no run over. A run that fails takes no other along; at the end UserError says how many did.
     """
     cuda = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
     jobs = options.jobs or (1 if cuda else len(cores()))
     left, failed = {}, 0
-    for task in tasks if options.restart else ():  # or what is interrupted would pass for done
-        task.run.record.unlink(missing_ok=True)
-        task.run.checkpoint.unlink(missing_ok=True)
+    before = {task.run.name: done(task.run) for task in tasks}
     for task in tasks:
-        record = done(task.run)
-        if record:
+        record = before[task.run.name]
+        if record and not options.restart and not task.is_begun_anew(record):
             print(f"{task.run.name}: {summary(record)} (from its record)")
         else:
             left[(sys.executable, *task.arguments)] = task
@@ -1099,13 +1104,15 @@ def run_many(tasks, summary, options, done=finished_record):
         for result in results:
             run = left[tuple(result.args)].run
             record = finished_record(run)
-            if record and (result.returncode == 0 or "diverged_in_epoch" in record):
+            diverged = record and "diverged_in_epoch" in record and record != before[run.name]
+            if record and (result.returncode == 0 or diverged):
                 bar.write(f"{run.name}: {summary(record)}")
             else:
                 failed += 1
                 bar.write(f"{run.name}: {_why(result)}")
     if failed:
-        raise UserError(f"{failed} of {len(tasks)} runs failed; the same command tries them again")
+        how = "the same command" + ", without restart," * options.restart
+        raise UserError(f"{failed} of {len(tasks)} runs failed; {how} tries them again")
     return [finished_record(task.run) for task in tasks]
 
 

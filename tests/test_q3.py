@@ -903,6 +903,42 @@ def test_the_longest_spelling_is_as_asked(train):
     assert not hw2_q3.is_spelled_alike(record)  # so the report's tables leave it out
 
 
+def test_other_decoding_options_leave_the_scores_of_the_report_alone(
+    train, folder, tmp_path, capsys
+):
+    record, _ = train()
+    assert hw2_q3.is_spelled_alike(record)
+    argv = f"test --data_dir {folder} --output_dir {tmp_path / 'out'} --hidden_size 16 --n_epochs 3"
+    for more in ("--k 5", "--topp 0.9", "--beam_size 3", "--max_len 7"):
+        hw2_q3.main(f"{argv} {more}".split())
+        assert "The record keeps the scores" in capsys.readouterr().out
+    [path] = tmp_path.glob("out/figures/runs/*")
+    assert utils.load_record(path) == record
+
+
+def test_spell_chooses_among_the_models_of_the_words_that_are_meant(train, tmp_path, capsys):
+    train()
+    (first,) = tmp_path.glob("out/checkpoints/*.pt")
+    saved = utils.load_checkpoint(first)
+
+    def save(name, error):
+        config = saved["config"] | {"data": saved["config"]["data"] | {"name": name}}
+        history = saved["history"] | {"val_cer": [error] * len(saved["seconds"])}
+        path = first.with_name(f"q3-{name}.pt")
+        utils.save_checkpoint(path, **saved | {"config": config, "history": history})
+
+    def chosen(*more):
+        hw2_q3.main(["spell", "k æ t", "--output_dir", str(tmp_path / "out"), *more])
+        return capsys.readouterr().err
+
+    first.unlink()
+    save("portuguese", 0.1)
+    assert "trained on the words in data/portuguese, validation CER 0.1000" in chosen()
+    save("pronunciations", 0.5)
+    assert "trained on your words, validation CER 0.5000" in chosen()
+    assert "validation CER 0.5000" in chosen("--data_dir", str(tmp_path))
+
+
 @pytest.mark.parametrize("losses", [[math.nan], [0.5, math.inf]])
 def test_a_loss_that_explodes_stops_the_run(train, monkeypatch, tmp_path, losses):
     left = iter(losses)

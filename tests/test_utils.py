@@ -617,7 +617,7 @@ if behaviour == "meet":  # until two are there at once
         time.sleep(0.01)
 data = {"name": "photographs", "fingerprint": "0"}
 config = {"question": "q2", "recipe": 1, "options": {}, "data": data}
-record = {"config": config, "history": {}}
+record = {"config": config, "history": {}, "measured": {"date": time.time()}}
 record |= {"diverged_in_epoch": 2} if behaviour == "diverge" else {"final": behaviour}
 text = json.dumps(record, sort_keys=True)
 checksum = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -684,16 +684,24 @@ def test_the_next_call_does_what_is_left(make_tasks, capsys):
 
 
 def test_runs_begun_anew_do_not_pass_for_done(make_tasks, capsys):
-    """What they were before is gone, as one is interrupted or another fails."""
+    """What they were before does not hide that they failed."""
     tasks = make_tasks("good", "diverge")
     run_many(tasks)
-    utils.write_file(tasks[0].run.checkpoint, lambda file: file.write_bytes(b"old"))
+    capsys.readouterr()
     again = make_tasks("fail", "die")
-    with pytest.raises(UserError, match="2 of 2 runs failed"):
+    with pytest.raises(UserError, match="2 of 2 runs failed; the same command, without restart"):
         run_many(again, restart=True)
-    assert not tasks[0].run.checkpoint.exists()
-    assert [utils.finished_record(task.run) for task in tasks] == [None, None]
-    assert "diverged" not in capsys.readouterr().out.splitlines()[-1]
+    assert "ended: diverged" not in capsys.readouterr().out
+
+
+def test_a_run_begun_anew_and_interrupted_is_not_passed_over(make_tasks):
+    tasks = make_tasks("good", "diverge", "good")
+    run_many(tasks)
+    for task in tasks[:2]:
+        unfinished = {"config": CONFIG, "history": {}, "seconds": [], "finished": False}
+        utils.save_checkpoint(task.run.checkpoint, **unfinished, model={}, optimizer={})
+    run_many(tasks)
+    assert [starts(task) for task in tasks] == [2, 1, 1]
 
 
 def test_a_broken_record_is_set_aside_and_its_run_repeated(make_tasks, capsys):
