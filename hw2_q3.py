@@ -531,7 +531,9 @@ def nucleus(log_probs, p):
     if p < 1:
         ordered, order = probs.sort(dim=1, descending=True, stable=True)
         before = ordered.cumsum(1) - ordered  # the sum of the more probable ones
-        probs = probs.scatter(1, order, ordered.where(before < p, 0))
+        kept = before < p
+        kept[:, 0] = True  # also where p is too small for a float32
+        probs = probs.scatter(1, order, ordered.where(kept, 0))
     return probs / probs.sum(1, keepdim=True)
 
 
