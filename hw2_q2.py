@@ -1478,15 +1478,11 @@ def draw_running_mean(records):
 def load_network(path, device="cpu"):
     """The network of a checkpoint, ready to predict, and the checkpoint's contents."""
     saved = utils.load_checkpoint(path, device)
-    try:
+    with utils.refusing_misfits(f"{path}: not a network of question 2"):
         utils.check_command(parse_options, command(saved["config"]["options"]))
         model = build_model(saved["config"]["options"])
         model.load_state_dict(saved["model"])
         saved["history"]["val_accuracy"][-1]
-    except utils.MISFITS as error:
-        if utils.is_out_of_memory(error):
-            raise
-        raise UserError(f"{path}: not a network of question 2 ({utils.one_line(error)})")
     return model.to(device).eval(), saved
 
 

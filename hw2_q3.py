@@ -892,7 +892,7 @@ def load_speller(path, device):
     """The Speller of a checkpoint's lowest validation CER, and the checkpoint's contents. Raises
     UserError if it is not of question 3."""
     saved = utils.load_checkpoint(path, device)
-    try:
+    with utils.refusing_misfits(f"{path}: not a model of question 3"):
         options = LATER_OPTIONS | saved["config"]["options"]
         source, target = (
             Vocabulary(saved["symbols"][side], options["direction"] == spaced)
@@ -903,10 +903,6 @@ def load_speller(path, device):
         model.load_state_dict(saved["best"])
         min(saved["history"]["val_cer"])
         "".join(source.symbols + target.symbols)
-    except utils.MISFITS as error:
-        if utils.is_out_of_memory(error):
-            raise
-        raise UserError(f"{path}: not a model of question 3 ({utils.one_line(error)})")
     return Speller(model.eval(), source, target), saved
 
 
@@ -1500,15 +1496,17 @@ def choose_speller(options, device):
     any words, though of the usual ones where there is one; and what to say of it."""
     usual = data_name(options.data_dir or DATA_DIR)
 
-    def score(saved):
-        return saved["config"]["data"]["name"] == usual, -min(saved["history"]["val_cer"])
-
-    def wanted(saved):
-        meant = score(saved)[0] or not options.data_dir
-        return meant and is_turned(saved["config"]["options"]) == is_turned(vars(options))
+    def is_of_them(saved):
+        return saved["config"]["data"]["name"] == usual
 
     path = checkpoint_file(options) or utils.best_checkpoint(
-        options.output_dir / "checkpoints", "q3", score, wanted
+        options.output_dir / "checkpoints",
+        "q3",
+        lambda saved: (is_of_them(saved), -min(saved["history"]["val_cer"])),
+        lambda saved: (
+            is_turned(saved["config"]["options"]) == is_turned(vars(options))
+            and (is_of_them(saved) or not options.data_dir)
+        ),
     )
     speller, saved = load_speller(path, device)
     name = utils.printable(saved["config"]["data"]["name"])

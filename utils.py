@@ -830,6 +830,17 @@ def _are_numbers(values):
 MISFITS = RuntimeError, ValueError, LookupError, TypeError, AttributeError
 
 
+@contextlib.contextmanager
+def refusing_misfits(what):
+    """Raise UserError, `what` and why, in place of MISFITS other than short memory."""
+    try:
+        yield
+    except MISFITS as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} ({one_line(error)})")
+
+
 def continue_run(run, model, optimizer, restart=False):
     """Load the unfinished run's last epoch into `model` and `optimizer`, if there is one.
 
@@ -845,17 +856,13 @@ def continue_run(run, model, optimizer, restart=False):
         raise UserError(f"{run.checkpoint}: belongs to another run; delete it")
     if saved["finished"] and run.record.exists():
         return anew
-    try:
+    with refusing_misfits(f"{run.checkpoint}: of another network; delete it"):
         model.load_state_dict(saved["model"])
         groups = zip(saved["optimizer"]["param_groups"], optimizer.param_groups)
         for group, own in groups:  # the run may have begun on another device
             group |= {name: own[name] for name in ("fused", "capturable", "foreach") if name in own}
         _check_optimizer(saved["optimizer"], optimizer)
         optimizer.load_state_dict(saved["optimizer"])
-    except MISFITS as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{run.checkpoint}: of another network ({one_line(error)}); delete it")
     return saved
 
 
@@ -1021,14 +1028,6 @@ class Task:
     arguments: tuple
     epochs: int
 
-    def is_begun_anew(self, record):
-        """Whether its checkpoint is of a later training than its record, and unfinished."""
-        try:
-            saved = load_checkpoint(self.run.checkpoint, mmap=True)
-        except UserError:
-            return False
-        return "final" in record and not saved["finished"]
-
     def epochs_done(self):
         """How many epochs its checkpoint has."""
         try:
@@ -1044,8 +1043,13 @@ def epochs_of(options):
 
 def finished_record(run):
     """The record of a run that was trained to its end, be it that it diverged; None if there is
-    none. A broken one is set aside, with a line that says so."""
+    none, or its checkpoint is of a later training that was interrupted. A broken record is set
+    aside, with a line that says so."""
     record = read_or_set_aside(run.record) if run.record.exists() else {}
+    if "final" in record:
+        with contextlib.suppress(UserError):  # there may be no checkpoint any more
+            if not load_checkpoint(run.checkpoint, mmap=True)["finished"]:
+                return None
     return record if is_finished(record) else None
 
 
@@ -1096,7 +1100,7 @@ def run_many(tasks, summary, options, done=finished_record):
     before = {task.run.name: done(task.run) for task in tasks}
     for task in tasks:
         record = before[task.run.name]
-        if record and not options.restart and not task.is_begun_anew(record):
+        if record and not options.restart:
             print(f"{task.run.name}: {summary(record)} (from its record)")
         else:
             left[(sys.executable, *task.arguments)] = task

@@ -700,8 +700,11 @@ def test_a_run_begun_anew_and_interrupted_is_not_passed_over(make_tasks):
     for task in tasks[:2]:
         unfinished = {"config": CONFIG, "history": {}, "seconds": [], "finished": False}
         utils.save_checkpoint(task.run.checkpoint, **unfinished, model={}, optimizer={})
-    run_many(tasks)
+    with pytest.raises(UserError, match="1 of 3 runs failed"):  # it leaves it unfinished again
+        run_many(tasks)
     assert [starts(task) for task in tasks] == [2, 1, 1]
+    utils.finish_run(tasks[0].run)
+    assert utils.finished_record(tasks[0].run)["final"] == "good"
 
 
 def test_a_broken_record_is_set_aside_and_its_run_repeated(make_tasks, capsys):
