@@ -169,7 +169,7 @@ def _settle(parser, options):
     ):
         parser.error("-model resnet has its own shape; of the network's options only -dropout fits")
     if options.scramble_pixels and (options.augment or options.at_test):
-        parser.error("-scramble_pixels leaves no picture to change by -augment or -at_test")
+        parser.error("-scramble_pixels goes without changes: name none after -augment and -at_test")
     if options.momentum and options.optimizer != "sgd":
         parser.error("-momentum goes with -optimizer sgd; with adam, -momentum 0")
     if options.batch_norm and options.batch_size == 1:
@@ -1503,6 +1503,23 @@ def find_pictures(paths):
     return found
 
 
+def read_pictures(files, named):
+    """Those of the files that can be read, and their pictures (N, 3, 48, 48). One that cannot be is
+    passed over with a line that says so; if it is among the `named`, UserError."""
+    found = []
+    for file in tqdm(files, leave=False, disable=None):
+        try:
+            found.append((file, utils.read_picture(file)))
+        except UserError as error:
+            if file in named:
+                raise
+            tqdm.write(f"{error}; passed over", file=sys.stderr)
+    if not found:
+        raise UserError("none of these pictures can be read")
+    files, images = zip(*found)
+    return files, torch.stack(images)
+
+
 def classify(options):
     """Print class and probabilities of the pictures under -predict, as a table or as JSON."""
     path = options.checkpoint or utils.best_checkpoint(
@@ -1511,9 +1528,7 @@ def classify(options):
     device = utils.prepare_device(options.device, options.threads)
     model, saved = load_network(path, device)
     pictures = find_pictures(options.predict)
-    images = torch.stack(
-        [utils.read_picture(picture) for picture in tqdm(pictures, leave=False, disable=None)]
-    )
+    pictures, images = read_pictures(pictures, options.predict)
     if saved["config"]["options"]["scramble_pixels"]:
         images = scramble_pixels(images)
     rows = predict(model, images.to(device)).exp().tolist()

@@ -988,10 +988,26 @@ def test_a_network_of_scrambled_pictures_is_scored_and_asked_with_them(
         assert list(answer["probabilities"].values()) == pytest.approx(row.tolist(), abs=1e-5)
 
 
+def test_bad_pictures_in_a_folder_are_passed_over(trained, pictures, capsys):
+    argv = ["-predict", str(pictures), "-output_dir", str(trained), "-json"]
+    hw2_q2.main(argv)
+    expected = capsys.readouterr().out
+    (pictures / "._0.png").write_bytes(b"hello")  # as another system's archives have them
+    hw2_q2.main(argv)
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert "._0.png: not a readable picture" in err
+    for path in pictures.rglob("[0-9].png"):
+        path.unlink()
+    with pytest.raises(utils.UserError, match="none of these pictures can be read"):
+        hw2_q2.main(argv)
+
+
 def test_bad_predictions(trained, pictures, tmp_path, fails):
     out = ["-output_dir", trained]
-    (pictures / "bad.png").write_bytes(b"hello")
-    assert "bad.png: not a readable picture" in fails(hw2_q2.main, ["-predict", pictures, *out])
+    bad = pictures / "bad.png"
+    bad.write_bytes(b"hello")
+    assert "bad.png: not a readable picture" in fails(hw2_q2.main, ["-predict", bad, *out])
     assert "none.jpg" in fails(hw2_q2.main, ["-predict", "none.jpg", *out])
     (tmp_path / "empty").mkdir()
     assert "no pictures" in fails(hw2_q2.main, ["-predict", tmp_path / "empty", *out])
