@@ -799,8 +799,10 @@ def train(run, data, device, options):
 
 def summary(record):
     """What a record says, in one line."""
-    if "final" not in record:
+    if "diverged_in_epoch" in record:
         return f"diverged in epoch {record['diverged_in_epoch']}"
+    if "final" not in record:
+        return "trained, not tested"
     greedy, nucleus = record["final"]["greedy"], record["final"]["nucleus"]
     k = nucleus["k"]
     at_k = f"nucleus Test WER@{k}: {nucleus[f'wer@{k}']:.4f}"
@@ -918,12 +920,13 @@ def is_whole(saved, run):
 
 
 def whole_record(run):
-    """The record of a finished run whose checkpoint is there and whole, or None."""
+    """The record of a run whose checkpoint is there and whole, be it tested or not, or None."""
     try:
         saved = utils.load_checkpoint(run.checkpoint, mmap=True)
     except UserError:
         return None
-    return utils.finished_record(run) if is_whole(saved, run) else None
+    whole = is_whole(saved, run) and run.record.exists()
+    return utils.read_or_set_aside(run.record) if whole else None
 
 
 def load_ensemble(options, data, device):
@@ -960,13 +963,13 @@ def test(run, data, device, options):
     speller, saved = load_speller(run.checkpoint, device)
     if is_turned(saved["config"]["options"]) != is_turned(vars(options)):
         raise UserError(f"{run.checkpoint}: is of the other --direction")
+    before = utils.load_record(run.record) if is_whole(saved, run) else None
     final = score(speller, data.splits["test"], options)
     final["attention"] = attention_examples(speller, data.splits["test"][:SHOWN], options.max_len)
     print_scores(final, options, " (built-in sample)" if data.name == "sample" else "")
-    if not is_whole(saved, run):
+    if before is None:
         print("The checkpoint is unfinished or of another run: no record and no figures written")
         return
-    before = utils.load_record(run.record)
     record = before | {"final": final}
     draw_wer_at_k(run.figures / "wer-at-k.png", record)
     if final["attention"]:
@@ -1424,7 +1427,8 @@ def results_table(scored, labels):
     rows = []
     for label in labels:
         if runs := scored[label]:
-            size, took = f"{runs[0]['parameters']:,}", f"{np.mean(minutes(scored, label)):.1f}"
+            size, took = f"{runs[0]['parameters']:,}", np.mean(minutes(scored, label))
+            took = "–" if math.isnan(took) else f"{took:.1f}"  # members may be missing
             rows.append([label, size, took, *results(runs), len(runs)])
     head = "system", "parameters", "minutes", *RESULT_COLUMNS, "runs"
     return utils.markdown_table(head, rows)

@@ -769,6 +769,11 @@ def test_an_ensemble_trains_what_is_missing_and_is_scored_as_one(folder, tmp_pat
     hw2_q3.main(argv)
     assert f"{one.stem}: Test CER" in capsys.readouterr().out
     assert len(utils.load_checkpoint(other)["seconds"]) == 2
+    path = tmp_path / "figures" / "runs" / f"{one.stem}.json"
+    trained = {key: value for key, value in utils.load_record(path).items() if key != "final"}
+    utils.save_record(path, trained)  # as if it had only been trained
+    hw2_q3.main(argv)
+    assert f"{one.stem}: trained, not tested (from its record)" in capsys.readouterr().out
     one.unlink()
     other.unlink()  # as in a clone, which has records alone
     hw2_q3.main(argv)
@@ -786,6 +791,16 @@ def test_an_ensemble_trains_what_is_missing_and_is_scored_as_one(folder, tmp_pat
     assert "the ensemble" in err
     [found] = ensemble.beam(ensemble.tensors([(("C", "A", "B"), "")]), 2)
     assert [line.split("\t")[1] for line in out.splitlines()] == [w for w, _ in found]
+
+
+def test_a_model_without_its_record_is_not_tested(train, tmp_path, folder, fails, monkeypatch):
+    record, _ = train()
+    (path,) = tmp_path.glob("out/figures/runs/*.json")
+    path.unlink()
+    monkeypatch.setattr(hw2_q3, "score", None)
+    argv = ["--data_dir", folder, "--output_dir", tmp_path / "out"]
+    line = fails(hw2_q3.main, ["test", *record["command"].split()[2:], *argv])
+    assert f"{path}: no such record" in line
 
 
 @pytest.mark.parametrize("mode", ["test", "spell"])
@@ -1121,6 +1136,14 @@ def test_a_checkpoint_that_is_not_there_leaves_no_folder(folder, tmp_path, fails
     assert "no such checkpoint" in fails(hw2_q3.main, argv)
     assert not name.parent.exists()
     assert not (tmp_path / "o").exists()
+
+
+def test_standard_input_may_begin_as_editors_begin_files(monkeypatch):
+    """With a byte order mark, where it is no terminal."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfC A B\n"), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    utils.run_script(lambda: None)
+    assert list(hw2_q3.read_lines(None)) == [["C A B\n"]]
 
 
 def test_a_long_file_is_read_in_parts(tmp_path):
