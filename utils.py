@@ -246,7 +246,8 @@ def run_script(main):
     commit()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            encoding = None if stream.isatty() else "utf-8"  # Windows has another for files
+            encoding = "utf-8-sig" if stream is sys.stdin else "utf-8"  # as editors may begin files
+            encoding = None if stream.isatty() else encoding  # Windows has another for files
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         main()
@@ -1220,6 +1221,7 @@ def _dask(address):
 REPORT_SEEDS = (42, 1, 2, 3, 4)
 GROUPS = {"report": ("report",), "all": ("report", "all"), "beyond": ("beyond",)}  # of systems
 TEMPLATE = ROOT / "figures" / "template.md"
+FIELD = re.compile(r"{{(.*?)}}", re.DOTALL)
 NOT_TRAINED = "*(not trained yet)*"
 
 
@@ -1440,7 +1442,8 @@ def _load_as_found(script, options, found):
 def write_part(path, part, fields, ending="png"):
     """Write the report's `part`: the template's text between its markers, with {{name}} replaced by
     fields[name], and {{name: caption}} by a figure, which is saved beside `path` as `ending`; all
-    else in the file stays. A new file begins as the template, fields empty. Other processes wait.
+    else in the file stays. In a new file the other parts' fields are not trained yet. Other
+    processes wait.
     """
 
     def fill(match):
@@ -1452,11 +1455,13 @@ def write_part(path, part, fields, ending="png"):
             return f"![{caption}]({file})\n\n*{caption}*"
         return NOT_TRAINED if value is None else value
 
-    filled = re.sub(r"{{(.*?)}}", fill, _around(TEMPLATE, part)[1], flags=re.DOTALL)
+    filled = FIELD.sub(fill, _around(TEMPLATE, part)[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(f".{path.name}.part.lock"), timeout=60):
-        before, _, behind = _around(path if path.exists() else TEMPLATE, part)
+        new = not path.exists()
+        before, _, behind = _around(TEMPLATE if new else path, part)
         text = before + filled + behind
+        text = FIELD.sub(NOT_TRAINED, text) if new else text
         write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 

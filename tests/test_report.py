@@ -279,6 +279,9 @@ def test_the_speller_beyond_the_report_by_hand():
     errors = "0.750 | 1.000 | 0.750 | 1.000 | 0.500"
     assert first == f"| {hw2_q3.ATTENTION} | 1,234 | 3.0 | {errors} | 1 |"
     assert second.startswith(f"| {hw2_q3.TOGETHER} | 1,234 | 11.0 | 0.000 | ")
+    alone = scored | {hw2_q3.BEST: [third]}  # whose members' times are not known
+    [row] = hw2_q3.results_table(alone, [hw2_q3.TOGETHER]).splitlines()[2:]
+    assert row.startswith(f"| {hw2_q3.TOGETHER} | 1,234 | – | 0.000 | ")
     step = list(hw2_q3.STEPS)[-1]
     scored[step] = [spelled([2, 4], [3, 0], [0.35], 4)]
     *_, first, second, third = hw2_q3.steps_table(scored).splitlines()
@@ -402,7 +405,9 @@ def test_the_same_records_give_the_same_bytes(committed, question, ending):
 def test_each_part_leaves_the_other_and_what_was_written_by_hand(committed):
     regenerate("q2", committed)
     path = committed / "figures" / "README.md"
-    assert "{{table nucleus}}" in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    assert "{{" not in text
+    assert "not trained yet" in text.partition("<!-- q3 -->")[2]
     regenerate("q3", committed)
     text = path.read_text(encoding="utf-8")
     assert "{{" not in text
