@@ -906,7 +906,7 @@ SYSTEMS = (
     utils.System("pooling without batch norm", "-no_batch_norm -head gap", 2, "all"),
     utils.System("plain, dropout 0.3", "-no_batch_norm -dropout 0.3", 2, "all"),
     utils.System("plain, weight decay 0.0005", "-no_batch_norm -l2_decay 0.0005", 2, "all"),
-    utils.System("kernels 3x3", SHORT, 2, "all"),
+    utils.System("kernels 3x3, max pooling", SHORT, 2, "all"),
     utils.System("kernels 5x5", f"{SHORT} -kernel_size 5", 2, "all"),
     utils.System("kernels 7x7", f"{SHORT} -kernel_size 7", 2, "all"),
     utils.System("two 3x3 a block", f"{SHORT} -convs 2", 2, "all"),
@@ -943,20 +943,20 @@ SCRAMBLED = "plain, scrambled", BEST_PLAIN, "batch norm + pooling, scrambled", V
 CHANGES = BEST_PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
 REGULARISED = BEST_PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005"
 REGULARISED += "batch norm, flattened", "pooling without batch norm", VARIANT
-KERNELS = "kernels 3x3", "kernels 5x5", "kernels 7x7", "two 3x3 a block", "one 48x48"
-POOLS = "kernels 3x3", "average pooling", "strided convolutions", "no pooling"
+KERNELS = "kernels 3x3, max pooling", "kernels 5x5", "kernels 7x7", "two 3x3 a block", "one 48x48"
+POOLS = "kernels 3x3, max pooling", "average pooling", "strided convolutions", "no pooling"
 MOVED = BEST_PLAIN, "pooling without batch norm", VARIANT
 LOOKS = {  # of a system's lines, the same in every figure
     "plain, rate 0.1": {"color": utils.ORANGE},
     BEST_PLAIN: {"color": utils.BLUE},
-    "plain, rate 0.001": {"color": utils.SKY},
+    "plain, rate 0.001": {"color": utils.SKY, "linestyle": "--"},
     VARIANT: {"color": utils.VERMILION},
     KEPT: {"color": "0.4", "linestyle": "--"},
     "plain, scrambled": {"color": utils.BLUE, "linestyle": "--"},
     "batch norm + pooling, scrambled": {"color": utils.VERMILION, "linestyle": "--"},
     "batch norm, flattened": {"color": utils.GREEN, "linestyle": "-."},
     "pooling without batch norm": {"color": utils.PURPLE, "linestyle": ":"},
-    "kernels 3x3": {"color": utils.VERMILION},
+    "kernels 3x3, max pooling": {"color": utils.VERMILION},
     "average pooling": {"color": utils.ORANGE, "linestyle": "--"},
     "strided convolutions": {"color": utils.SKY, "linestyle": "-."},
     "no pooling": {"color": "0.4", "linestyle": ":"},
@@ -1135,7 +1135,7 @@ COLUMNS = {  # of a table: its head, and what it says of a system's runs
     "receptive field": lambda runs: "{0} x {0}".format(field_and_products(model_of(runs))[0]),
     "multiply-adds (millions)": lambda runs: f"{field_and_products(model_of(runs))[1] / 1e6:.1f}",
     "first epoch at .75, each run": each_run(first_epoch, "d"),
-    "seconds an epoch, each run": each_run(seconds_an_epoch, ".0f"),
+    "median seconds an epoch, each run": each_run(seconds_an_epoch, ".0f"),
     "minutes of training": lambda runs: f"{statistics.mean(map(utils.minutes, runs)):.1f}",
     "training": lambda runs: utils.mean_sd(accuracy(runs, "train")),
     "validation": lambda runs: utils.mean_sd(accuracy(runs, "val")),
@@ -1150,10 +1150,10 @@ COLUMNS = {  # of a table: its head, and what it says of a system's runs
     "runs": len,
 }
 SIZE_COLUMNS = "parameters", "multiply-adds (millions)", LATE, "first epoch at .75, each run"
-SIZE_COLUMNS += ("seconds an epoch, each run",)
+SIZE_COLUMNS += ("median seconds an epoch, each run",)
 GAP_COLUMNS = "training", "validation", "test", "training - validation", LATE, "runs"
 KERNEL_COLUMNS = "receptive field", "parameters", "multiply-adds (millions)"
-KERNEL_COLUMNS += "seconds an epoch, each run", LATE, "test", "training - validation", "runs"
+KERNEL_COLUMNS += "median seconds an epoch, each run", LATE, "test", "training - validation", "runs"
 LADDER_COLUMNS = "parameters", "minutes of training", "validation", "test"
 LADDER_COLUMNS += "test, pictures as they are", "runs"
 
@@ -1307,17 +1307,18 @@ def calibration_error(record):
 
 def draw_calibration(records):
     """The share of right answers against the probability that the network gives them."""
-    labels = [name for name in ("without smoothed labels", BEST_20) if with_scores(records[name])]
-    if not labels:
+    names = {"without smoothed labels": "without smoothed labels", BEST_20: "with smoothed labels"}
+    names = {label: name for label, name in names.items() if with_scores(records[label])}
+    if not names:
         return None
     fig, axes = utils.figure(4.2, 3.6)
     axes.plot([0.2, 1], [0.2, 1], color="0.6", linestyle=":", label="as sure as right")
-    for label in labels:
+    for label, name in names.items():
         runs = with_scores(records[label])
         bins = zip(*(run["final"]["test"]["calibration"] for run in runs))
         means = [pooled for column in bins if (pooled := pool_bin(column))]
         error = statistics.mean(map(calibration_error, runs))
-        name = f"{utils.with_seeds(label, runs)}, error {error:.3f}"
+        name = f"{utils.with_seeds(name, runs)}, error {error:.3f}"
         axes.plot(*zip(*means), marker="o", markersize=4, label=name, **LOOKS[label])
     axes.set(xlabel="Probability of the predicted class", ylabel="Share of right answers")
     utils.legend_above(fig, axes, 1)
@@ -1424,8 +1425,7 @@ def draw_moved(records):
     for axes, labels, title in zip(panels, (MOVED, POOLS), titles):
         for label in labels:
             if runs := [[x - run[0] for x in run] for run in moved(records[label])]:
-                name = "max pooling" if label == "kernels 3x3" else label
-                name = utils.with_seeds(name, runs)
+                name = utils.with_seeds(label, runs)
                 utils.plot_bands(axes, runs, name, ".", first=0, **LOOKS[label])
         axes.set(title=title, ylabel="Change of test accuracy")
         if axes.lines:

@@ -1095,18 +1095,21 @@ def draw_wer_at_k(path, record):
 
 
 def plot_attention(record):
-    """Where the model looks (phonemes across) for each letter it writes (letters down)."""
-    examples = record["final"]["attention"]
+    """Where the model looks (phonemes across) for each letter it writes (letters down); above it
+    what it writes and, where that is another, the right word."""
+    examples, options = record["final"]["attention"], record["config"]["options"]
     fig, grid = utils.figure(5.0, 5.2, 2, math.ceil(len(examples) / 2), squeeze=False)
-    for axes, example in zip(grid.flat, examples):
+    words = (word for word, _ in record["final"]["examples"])
+    for axes, example, word in zip(grid.flat, examples, words):
         axes.grid(False)
         image = axes.imshow(example["weights"], cmap="Blues", vmin=0, vmax=1, aspect="auto")
         plain = {"parse_math": False}  # a dollar sign is a symbol like any other
         axes.set_xticks(range(len(example["phonemes"])), example["phonemes"], **plain)
         axes.set_yticks(range(len(example["letters"])), example["letters"], **plain)
-        axes.set_title("".join(example["letters"][:-1]), **plain)
+        written = (" " if is_turned(options) else "").join(example["letters"][:-1])
+        axes.set_title(written if written == word else f"{written} ({word})", **plain)
     sides = ["Phonemes", "Letters"]
-    if is_turned(record["config"]["options"]):
+    if is_turned(options):
         sides.reverse()
     fig.supxlabel(f"{sides[0]} read", fontsize=9)
     fig.supylabel(f"{sides[1]} written", fontsize=9)

@@ -1593,12 +1593,14 @@ def with_seeds(label, runs):
 
 def plot_bands(axes, runs, label, marker=None, first=1, **look):
     """Plot lists of values, one a run, against `first`, `first` + 1, ...: their mean, and a band
-    from the least to the greatest; if some end early, each run by itself. look: colour and style
-    of the lines."""
+    from the least to the greatest; if some end early, each run by itself, their ends crossed. look:
+    colour and style of the lines."""
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(set(map(len, runs))) > 1:
+        longest = max(map(len, runs))
         for run in runs:
-            axes.plot(range(first, first + len(run)), run, label=label, marker=marker, **look)
+            end = {"marker": "x", "markevery": [-1]} if len(run) < longest else {"marker": marker}
+            axes.plot(range(first, first + len(run)), run, label=label, **end, **look)
             label = None  # once in the legend
         return
     table, steps = np.array(runs), range(first, first + len(runs[0]))
