@@ -48,7 +48,7 @@ LATER_OPTIONS = {
     "direction": "p2g", "layers": 1, "input_feeding": False, "schedule": "constant",
     "label_smoothing": 0.0, "clip": None, "ensemble": False, "embedding_scale": 1.0,
 }  # fmt: skip
-# Those about where and how a run is made, which change no result.
+# Those about where and how a run is made, which its name leaves out.
 PLACES = "device", "threads", "output_dir", "data_dir", "restart", "jobs", "scheduler"
 RECIPES = {  # what --recipe says where the command line does not
     "report": {},
@@ -615,7 +615,7 @@ class Speller(NamedTuple):
         return self._spell(words, k, lambda *w: generate(self.model, *w, choose, k, max_len))
 
     def beam(self, words, beam_size, max_len=MAX_LEN):
-        """The n best that a beam of this size finds, best first."""
+        """The `beam_size` best that a beam of this size finds, best first."""
         return self._spell(
             words, beam_size, lambda *w: beam_search(self.model, *w, beam_size, max_len)
         )
@@ -741,8 +741,8 @@ def fit(run, speller, optimizer, words, options):
     symbols = {"source": speller.source.symbols, "target": speller.target.symbols}
     totals = torch.zeros(3, device=words["train"].sources.device)
     step = make_step(model, optimizer, totals, options.label_smoothing, options.clip)
+    batches = math.ceil(len(words["train"].lengths) / options.batch_size)
     if options.schedule == "one_cycle":
-        batches = math.ceil(len(words["train"].lengths) / options.batch_size)
         begun, steps = len(seconds) * batches, options.n_epochs * batches
         step = utils.one_cycle(step, optimizer, options.lr, begun, steps)
     for epoch in range(len(seconds) + 1, options.n_epochs + 1):
@@ -754,7 +754,6 @@ def fit(run, speller, optimizer, words, options):
         except utils.Diverged as diverged:
             return history, seconds, diverged.batch
         if not all(weights.isfinite().all() for weights in model.parameters()):
-            batches = math.ceil(len(words["train"].lengths) / options.batch_size)
             return history, seconds, batches  # the last step ruined them
         spelled = only_spellings(speller.greedy(words["val"]))
         valid = score_candidates(spelled, words["val"].spellings, 1, speller.target.split)
@@ -895,11 +894,10 @@ def load_speller(path, device):
     UserError if it is not of question 3."""
     saved = utils.load_checkpoint(path, device)
     with utils.refusing_misfits(f"{path}: not a model of question 3"):
-        options = LATER_OPTIONS | saved["config"]["options"]
-        source, target = (
-            Vocabulary(saved["symbols"][side], options["direction"] == spaced)
-            for side, spaced in zip(saved["symbols"], ("p2g", "g2p"), strict=True)
-        )
+        options, symbols = LATER_OPTIONS | saved["config"]["options"], saved["symbols"]
+        spaced = options["direction"] == "p2g"
+        source = Vocabulary(symbols["source"], spaced)
+        target = Vocabulary(symbols["target"], not spaced)
         utils.check_command(parse_options, command(saved["config"]["options"]))
         model = build_model(options, source, target).to(device)
         model.load_state_dict(saved["best"])
@@ -953,8 +951,20 @@ def test_ensemble(data, device, options):
         "measured": utils.measured(device, []),
         "final": final,
     }
+    before = utils.read_or_set_aside(run.record) if run.record.exists() else {}
+    if keeps_its_scores(before, record):
+        return
     utils.save_record(run.record, record)
     print(f"Record: {run.record}")
+
+
+def keeps_its_scores(before, record):
+    """Whether a record as it was has the scores that the report compares, and the new one has not:
+    then it stays, and a line says so."""
+    keeps = is_spelled_alike(before) and not is_spelled_alike(record)
+    if keeps:
+        print("The record keeps the scores that --report compares: of other decoding options")
+    return keeps
 
 
 def test(run, data, device, options):
@@ -971,13 +981,13 @@ def test(run, data, device, options):
         print("The checkpoint is unfinished or of another run: no record and no figures written")
         return
     record = before | {"final": final}
+    if keeps_its_scores(before, record):
+        return
     draw_wer_at_k(run.figures / "wer-at-k.png", record)
     if final["attention"]:
         utils.save_figure(run.figures / "attention.png", plot_attention(record))
-    if is_spelled_alike(before) and not is_spelled_alike(record):
-        print("The record keeps the scores that --report compares: of other decoding options")
-    else:
-        utils.save_record(run.record, record)  # last: a run with a whole record is complete
+    utils.save_record(run.record, record)  # behind them: a run with a whole record is complete
+    utils.finish_run(run)
     print(f"Figures: {run.figures}\nRecord: {run.record}\nCheckpoint: {run.checkpoint}")
 
 
@@ -1082,9 +1092,8 @@ def run_title(config):
 
 def draw_validation(path, record):
     """Draw the validation CER of every epoch."""
-    curves = {"greedy": record["history"]["val_cer"]}
-    rate = rate_name(record["config"]["options"])
-    utils.plot_curves(path, run_title(record["config"]), f"Validation {rate}", curves)
+    title, rate = run_title(record["config"]), rate_name(record["config"]["options"])
+    utils.plot_curve(path, title, f"Validation {rate}", record["history"]["val_cer"])
 
 
 def draw_wer_at_k(path, record):
@@ -1202,7 +1211,7 @@ def report_parts(records):
 
     records: {label: list of run records}, empty where a system was not trained.
     """
-    scored = {label: list(filter(is_spelled_alike, runs)) for label, runs in records.items()}
+    scored = {label: spelled_alike(runs) for label, runs in records.items()}
     first = scored[ATTENTION][:1]
     return {
         "cer": draw_cer(scored, [PLAIN]),
@@ -1223,6 +1232,15 @@ def report_parts(records):
         "table others": results_table(scored, (PRONOUNCED, *LANGUAGES)),
         "machines": utils.machines(r for runs in records.values() for r in runs),
     }
+
+
+def spelled_alike(runs):
+    """Those of the records that the report compares; a line names each tested in another way."""
+    for run in runs:
+        if "final" in run and not is_spelled_alike(run):
+            line = "left out, tested by other decoding options; give it 'test' to score it again"
+            print(f"{run['command']}: {line}", file=sys.stderr)
+    return list(filter(is_spelled_alike, runs))
 
 
 def is_spelled_alike(record):
@@ -1501,10 +1519,14 @@ def segment(text, phonemes):
 def choose_speller(options, device):
     """The Speller of --checkpoint_name, or else the best one of --data_dir's words, without it of
     any words, though of the usual ones where there is one; and what to say of it."""
-    usual = data_name(options.data_dir or DATA_DIR)
+    folder = options.data_dir or DATA_DIR
+    usual, known = data_name(folder), None
+    if options.data_dir and usual == "pronunciations" and (folder / "train.tsv").exists():
+        known = utils.load_pronunciations(folder).fingerprint  # the name of all outside data/
 
     def is_of_them(saved):
-        return saved["config"]["data"]["name"] == usual
+        data = saved["config"]["data"]
+        return data["name"] == usual and known in (None, data["fingerprint"])
 
     path = checkpoint_file(options) or utils.best_checkpoint(
         options.output_dir / "checkpoints",
@@ -1632,7 +1654,6 @@ def main(argv=None):
         train(run, data, device, options)
         if options.mode != "train":
             test(run, data, device, options)
-        utils.finish_run(run)
 
 
 if __name__ == "__main__":

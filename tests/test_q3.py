@@ -791,6 +791,19 @@ def test_an_ensemble_trains_what_is_missing_and_is_scored_as_one(folder, tmp_pat
     assert "the ensemble" in err
     [found] = ensemble.beam(ensemble.tensors([(("C", "A", "B"), "")]), 2)
     assert [line.split("\t")[1] for line in out.splitlines()] == [w for w, _ in found]
+    for size, kept in ((5, False), (2, True)):  # the report compares beams of 5
+        hw2_q3.main(["test", *argv, "--beam_size", str(size)])
+        assert ("The record keeps the scores" in capsys.readouterr().out) == kept
+    assert utils.load_record(tmp_path / "figures" / "runs" / name)["final"]["beam"]["size"] == 5
+
+
+def test_what_was_only_trained_is_only_tested(train, monkeypatch):
+    record, _ = train("train")
+    assert "final" not in record
+    monkeypatch.setattr(hw2_q3, "train_epoch", None)
+    again, _ = train()
+    assert again["history"] == record["history"]
+    assert "final" in again
 
 
 def test_a_model_without_its_record_is_not_tested(train, tmp_path, folder, fails, monkeypatch):
@@ -911,11 +924,12 @@ def test_an_unfinished_checkpoint_leaves_the_record_alone(train, tmp_path, folde
     assert utils.load_record(path) == record
 
 
-def test_the_longest_spelling_is_as_asked(train):
+def test_the_longest_spelling_is_as_asked(train, capsys):
     record, _ = train("--max_len", 2)
     assert record["final"]["max_len"] == 2
     assert all(len(s) <= 2 for _, spellings in record["final"]["examples"] for s in spellings)
-    assert not hw2_q3.is_spelled_alike(record)  # so the report's tables leave it out
+    assert hw2_q3.spelled_alike([record]) == []  # so the report's tables leave it out
+    assert f"{record['command']}: left out" in capsys.readouterr().err
 
 
 def test_other_decoding_options_leave_the_scores_of_the_report_alone(
@@ -931,13 +945,15 @@ def test_other_decoding_options_leave_the_scores_of_the_report_alone(
     assert utils.load_record(path) == record
 
 
-def test_spell_chooses_among_the_models_of_the_words_that_are_meant(train, tmp_path, capsys):
+def test_spell_chooses_among_the_models_of_the_words_that_are_meant(
+    train, folder, tmp_path, capsys
+):
     train()
     (first,) = tmp_path.glob("out/checkpoints/*.pt")
     saved = utils.load_checkpoint(first)
 
-    def save(name, error):
-        config = saved["config"] | {"data": saved["config"]["data"] | {"name": name}}
+    def save(name, error, **more):
+        config = saved["config"] | {"data": saved["config"]["data"] | {"name": name} | more}
         history = saved["history"] | {"val_cer": [error] * len(saved["seconds"])}
         path = first.with_name(f"q3-{name}.pt")
         utils.save_checkpoint(path, **saved | {"config": config, "history": history})
@@ -952,6 +968,11 @@ def test_spell_chooses_among_the_models_of_the_words_that_are_meant(train, tmp_p
     save("pronunciations", 0.5)
     assert "trained on your words, validation CER 0.5000" in chosen()
     assert "validation CER 0.5000" in chosen("--data_dir", str(tmp_path))
+    assert "validation CER 0.5000" in chosen("--data_dir", str(folder))
+    save("pronunciations", 0.3, fingerprint="of others")
+    assert "validation CER 0.3000" in chosen()
+    with pytest.raises(utils.UserError, match="no trained network there"):
+        chosen("--data_dir", str(folder))  # which has other words than the model
 
 
 @pytest.mark.parametrize("losses", [[math.nan], [0.5, math.inf]])
