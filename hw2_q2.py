@@ -62,7 +62,7 @@ RECIPES = {  # what -recipe says where the command line does not
         "at_test": ["mirror", "shift"],
     },
 }
-# Those about where and how a run is made, which change no result.
+# Those about where and how a run is made, which its name leaves out.
 PLACES = "device", "threads", "output_dir", "data_path", "restart", "jobs", "scheduler"
 AUGMENTATIONS = {  # of torchvision.transforms.v2
     "flip": ("RandomHorizontalFlip", {}),
@@ -205,8 +205,9 @@ def command(options):
 class ConvBlock(nn.Module):
     """Convolution -> [batch norm] -> ReLU -> pooling -> dropout.
 
-    (B, C_in, H, W) -> (B, C_out, H', W'), H' = H / 2, or H where `pool` is 'none'. Batch norm:
-    Ioffe and Szegedy 2015, section 3.2 (before the nonlinearity).
+    (B, C_in, H, W) -> (B, C_out, H', W'), H' = H / 2, or H where `pool` is 'none'; an even kernel
+    is not padded, so one of H pixels leaves H' = 1. Batch norm: Ioffe and Szegedy 2015, section 3.2
+    (before the nonlinearity).
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, batch_norm, pool, dropout):
@@ -346,7 +347,7 @@ class CNN(Classifier):
         return count
 
     def scores(self, x):
-        """Maps (B, 128, 6, 6) -> scores (B, 6)."""
+        """Maps, by the report's shape (B, 128, 6, 6), -> scores (B, 6)."""
         x = self.gap(x).flatten(1)  # (B, 128) or (B, 4608)
         x = F.relu(self.fc1(x))  # (B, 1024)
         x = self.dropout(self.norm(x))
@@ -411,8 +412,7 @@ def parameter_table(model):
     def add(name, layer, shape):
         if isinstance(layer, nn.Conv2d):
             c_out, c_in, height, width = layer.weight.shape
-            bias = f" + {c_out}" if layer.bias is not None else ""
-            formula = f"{c_in} x {c_out} x {height} x {width}{bias}"
+            formula = f"{c_in} x {c_out} x {height} x {width} + {c_out}"
         elif isinstance(layer, nn.Linear):
             formula = f"{layer.in_features} x {layer.out_features} + {layer.out_features}"
         else:
@@ -807,10 +807,9 @@ def draw_figures(folder, record, model, images, labels, inputs):
     network sees them."""
     title = run_title(record["config"])
     history, final = record["history"], record["final"]
-    loss = {"training": history["train_loss"]}
-    utils.plot_curves(folder / "training-loss.png", title, "Training loss (nats)", loss)
-    accuracy = {"validation": history["val_accuracy"]}
-    utils.plot_curves(folder / "validation-accuracy.png", title, "Validation accuracy", accuracy)
+    loss, accuracy = history["train_loss"], history["val_accuracy"]
+    utils.plot_curve(folder / "training-loss.png", title, "Training loss (nats)", loss)
+    utils.plot_curve(folder / "validation-accuracy.png", title, "Validation accuracy", accuracy)
     draw_confusion(folder / "confusion-matrix.png", title, final["test"]["confusion"])
     shown = [i for c in range(len(CLASSES)) for i in (labels == c).nonzero()[:4, 0].tolist()]
     predicted = predict(model, inputs[shown]).argmax(1)
@@ -1056,7 +1055,7 @@ def accuracy_table(records, labels):
     such interval where a run diverged, for those that are left are no fair sample."""
     rows = []
     for label in labels:
-        runs, reported = with_scores(records[label]), REPORTED.get(label)
+        runs, reported = with_scores(records[label]), REPORTED[label]
         if not runs:
             continue
         diverged = len(records[label]) - len(runs)
@@ -1065,12 +1064,11 @@ def accuracy_table(records, labels):
             if not diverged:
                 low, high = utils.interval(draw_accuracy(split), runs)
                 ranges[i] = f"{low:.3f} to {high:.3f}"
-                if reported:
-                    inside[i] = {True: "yes", False: "no"}[low <= reported[i] <= high]
+                inside[i] = {True: "yes", False: "no"}[low <= reported[i] <= high]
         rows.append(
             [
                 label,
-                " / ".join(f"{x:.4f}" for x in reported) if reported else "–",
+                " / ".join(f"{x:.4f}" for x in reported),
                 f"{utils.mean_sd(accuracy(runs, 'val'))} / {utils.mean_sd(accuracy(runs, 'test'))}",
                 utils.mean_sd([late(run) for run in runs]),
                 f"{len(runs)}" + (f" (+ {diverged} diverged)" if diverged else ""),

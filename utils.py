@@ -194,7 +194,7 @@ def add_machine_options(parser, dash):
     group.add_argument(f"{dash}device", help=device)
     threads = "CPU threads a run (default: one a core; one where runs go side by side)"
     group.add_argument(f"{dash}threads", type=number(int, 1, 1024), help=threads)
-    jobs = "runs at once, where there are several (default: one a core; on cuda, one; with "
+    jobs = "runs at once, where there are several (default: one a core; on a GPU, one; with "
     jobs += "a scheduler, as many as its workers have threads)"
     group.add_argument(f"{dash}jobs", type=number(int, 1, 1024), help=jobs)
     scheduler = "spread several runs over the workers of this Dask scheduler, tcp://HOST:PORT"
@@ -244,6 +244,9 @@ def run_script(main):
     """Run `main()`; what a user can mend or asked for ends with one line and status 2 or 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as tidily as by Ctrl-C
     commit()
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             encoding = "utf-8-sig" if stream is sys.stdin else "utf-8"  # as editors may begin files
@@ -671,8 +674,9 @@ def one_line(error):
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Whatever can change its result is in `config`, and its name is made of
-    that: question, recipe version, options (seed among them), data name and fingerprint."""
+    """One training run. Whatever can change its result is in `config`, save device and threads,
+    which may change its last bits, and its name is made of that: question, recipe version, options
+    (seed among them), data name and fingerprint."""
 
     title: str  # the readable part of the name, such as 'q2-bn-gap-lr0.01-seed42-sample'
     config: dict
@@ -951,7 +955,7 @@ LOOK = 100  # batches between two looks at a GPU's totals, for which it would ha
 
 def check_totals(totals, batch, batches):
     """Raise Diverged if the summed loss, totals[0], is no finite number after `batch` of an epoch's
-    `batches`. totals[-1] counts those whose loss was one."""
+    `batches`. totals[-1] counts the batches of finite loss."""
     look = totals.device.type == "cpu" or batch % LOOK == 0 or batch == batches
     if look and not math.isfinite(totals[0].item()):
         raise Diverged(int(totals[-1].item()) + 1)
@@ -1072,7 +1076,7 @@ def read_or_set_aside(path):
 
 
 def train_many(script, several, data=None, done=finished_record):
-    """Train the runs that several namespaces of options describe, side by side: their records.
+    """Train the runs that several namespaces of options describe, side by side.
 
     script: the question's module; it has make_parser, make_run, load_data and summary. done: as
     of run_many.
@@ -1083,11 +1087,12 @@ def train_many(script, several, data=None, done=finished_record):
         own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
         words = str(Path(script.__file__).resolve()), *parser.arguments(own)
         tasks.append(Task(script.make_run(options, data), words, epochs_of(own)))
-    return run_many(tasks, script.summary, several[0], done)
+    run_many(tasks, script.summary, several[0], done)
 
 
 def run_many(tasks, summary, options, done=finished_record):
-    """Train the runs of `tasks` side by side and return their records, in order.
+    """Train the runs of `tasks` side by side and return their records, in order, None for one that
+    was never tested.
 
     A run for which done(run) returns a record is passed over, so the same call again does what is
     left. summary: a record -> what the line says that is printed as its run ends. options: how many
@@ -1095,8 +1100,8 @@ def run_many(tasks, summary, options, done=finished_record):
     whose workers, on machines that share this folder, do the work ('scheduler'); 'restart' passes
     no run over. A run that fails takes no other along; at the end UserError says how many did.
     """
-    cuda = (options.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
-    jobs = options.jobs or (1 if cuda else len(cores()))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    jobs = options.jobs or (len(cores()) if device.partition(":")[0] == "cpu" else 1)
     left, failed = {}, 0
     before = {task.run.name: done(task.run) for task in tasks}
     for task in tasks:
@@ -1272,10 +1277,10 @@ def check_report_options(parser, options, dash, places):
 def write_report(script, options):
     """Train what is missing and write a question's part of the report.
 
-    script: the question's module; it has QUESTION, RECIPE, SYSTEMS, LATER_OPTIONS, parse_options,
-    make_parser, run_options, make_run, load_data, summary, trial_scores, which makes of a record of
-    `figures/trials` {column: text}, and report_parts, which makes of {label: records} the fields of
-    the template's part: figures, text, or None where no run is.
+    script: the question's module; it has QUESTION, RECIPE, SYSTEMS, PLACES, LATER_OPTIONS,
+    parse_options, make_parser, run_options, command, make_run, load_data, summary, trial_scores,
+    which makes of a record of `figures/trials` {column: text}, and report_parts, which makes of
+    {label: records} the fields of the template's part: figures, text, or None where no run is.
     """
     folder = options.output_dir / "figures"
     trials = _trials_table(script, folder / "trials")
@@ -1488,12 +1493,12 @@ def markdown_table(head, rows, text=1):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def mean_sd(values, digits=3):
+def mean_sd(values):
     """'mean ± standard deviation' over seeds; the mean alone of one, a dash for none."""
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def gain(values, usual):
@@ -1567,17 +1572,12 @@ def save_figure(path, fig):
     write_file(path, lambda file: fig.savefig(file, metadata={date: None} if date else None))
 
 
-def plot_curves(path, title, ylabel, curves):
-    """Plot values against epochs. curves: {label: [a value an epoch]}."""
+def plot_curve(path, title, ylabel, values):
+    """Plot a value an epoch."""
     fig, axes = figure()
-    for (label, values), color in zip(curves.items(), (BLUE, VERMILION, GREEN)):
-        axes.plot(
-            range(1, len(values) + 1), values, color=color, label=label, marker=".", markersize=4
-        )
+    axes.plot(range(1, len(values) + 1), values, color=BLUE, marker=".", markersize=4)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=title, xlabel="Epoch", ylabel=ylabel)
-    if len(curves) > 1:
-        axes.legend()
     save_figure(path, fig)
 
 

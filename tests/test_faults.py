@@ -249,6 +249,14 @@ def test_output_to_a_full_disk():
     assert re.fullmatch(r"hw2_q2.py: error: .*No space left on device\n", done.stderr)
 
 
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_standard_streams_that_are_closed(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    seen = []
+    utils.run_script(lambda: seen.append([*sys.stdin] if name == "stdin" else print("x")))
+    assert len(seen) == 1
+
+
 def test_messages_are_one_line_that_no_terminal_obeys():
     text = str(UserError("a\nb \x1b[31m \u202e" + "c" * 1000))
     assert text.isprintable()

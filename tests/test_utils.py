@@ -661,6 +661,15 @@ def test_runs_side_by_side_in_order(make_tasks, capsys):
     assert sorted(lines) == sorted(f"{task.run.name}: ended: meet" for task in tasks)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_by_default_as_many_runs_as_cores(make_tasks, monkeypatch, device):
+    monkeypatch.setattr(utils, "cores", lambda: {0, 1})
+    tasks = make_tasks("meet", "meet")
+    run_many(tasks, device=device)
+    begun = [float(task.run.record.with_suffix(".started").read_text()) for task in tasks]
+    assert abs(begun[0] - begun[1]) < 20  # they met, or the first would have waited 30 seconds
+
+
 def test_a_run_that_fails_takes_no_other_along(make_tasks, capsys):
     tasks = make_tasks("good", "fail", "die", "diverge", "nothing", "good")
     with pytest.raises(UserError, match="3 of 6 runs failed; the same command"):
