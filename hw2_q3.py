@@ -1144,7 +1144,7 @@ STEPS = {  # from the report's model with attention to the best recipe, each wit
 LANGUAGES = {"UK English": "uk", "Portuguese": "portuguese"}
 EQUAL, PRONOUNCED = "attention, trained better", "pronounced (g2p)"
 SMALL = "--use_attn --embedding_scale 0.1 --input_feeding --dropout 0.2 --schedule one_cycle"
-LONG = "--recipe best --dropout 0.2 --n_epochs 12"
+LONG = "--recipe best --dropout 0.2 --n_epochs 20"
 SYSTEMS = (
     utils.System(PLAIN, ""),
     utils.System(ATTENTION, "--use_attn"),
