@@ -132,6 +132,7 @@ BEYOND_3 = {
     "`--recipe best`": hw2_q3.BEST,
     "`--recipe best`, five models together": hw2_q3.TOGETHER,
     "`--recipe best --dropout 0.2 --n_epochs 20`, all of WikiPron's US English": hw2_q3.ALL,
+    "the same words, three models together": hw2_q3.ALL_TOGETHER,
     "`--recipe best`, 10,000 words of UK English": "UK English",
     "`--recipe best`, 10,000 words of Portuguese": "Portuguese",
     "`--recipe best --direction g2p`: phonemes of written words": hw2_q3.PRONOUNCED,
