@@ -923,8 +923,7 @@ def whole_record(run):
         saved = utils.load_checkpoint(run.checkpoint, mmap=True)
     except UserError:
         return None
-    whole = is_whole(saved, run) and run.record.exists()
-    return utils.read_or_set_aside(run.record) if whole else None
+    return utils.read_or_set_aside(run.record) if is_whole(saved, run) else None
 
 
 def load_ensemble(options, data, device):
@@ -951,8 +950,7 @@ def test_ensemble(data, device, options):
         "measured": utils.measured(device, []),
         "final": final,
     }
-    before = utils.read_or_set_aside(run.record) if run.record.exists() else {}
-    if keeps_its_scores(before, record):
+    if keeps_its_scores(utils.read_or_set_aside(run.record), record):
         return
     utils.save_record(run.record, record)
     print(f"Record: {run.record}")
@@ -1519,14 +1517,13 @@ def segment(text, phonemes):
 def choose_speller(options, device):
     """The Speller of --checkpoint_name, or else the best one of --data_dir's words, without it of
     any words, though of the usual ones where there is one; and what to say of it."""
-    folder = options.data_dir or DATA_DIR
-    usual, known = data_name(folder), None
-    if options.data_dir and usual == "pronunciations" and (folder / "train.tsv").exists():
-        known = utils.load_pronunciations(folder).fingerprint  # the name of all outside data/
+    if options.data_dir and (options.data_dir / "train.tsv").exists():
+        key, meant = "fingerprint", utils.load_pronunciations(options.data_dir).fingerprint
+    else:
+        key, meant = "name", data_name(options.data_dir or DATA_DIR)
 
     def is_of_them(saved):
-        data = saved["config"]["data"]
-        return data["name"] == usual and known in (None, data["fingerprint"])
+        return saved["config"]["data"][key] == meant
 
     path = checkpoint_file(options) or utils.best_checkpoint(
         options.output_dir / "checkpoints",

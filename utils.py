@@ -249,8 +249,8 @@ def run_script(main):
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            encoding = "utf-8-sig" if stream is sys.stdin else "utf-8"  # as editors may begin files
-            encoding = None if stream.isatty() else encoding  # Windows has another for files
+            usual = "utf-8-sig" if stream is sys.stdin else "utf-8"  # as editors may begin files
+            encoding = None if stream.isatty() else usual  # Windows has another for files
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         main()
@@ -1050,7 +1050,7 @@ def finished_record(run):
     """The record of a run that was trained to its end, be it that it diverged; None if there is
     none, or its checkpoint is of a later training that was interrupted. A broken record is set
     aside, with a line that says so."""
-    record = read_or_set_aside(run.record) if run.record.exists() else {}
+    record = read_or_set_aside(run.record)
     if "final" in record:
         with contextlib.suppress(UserError):  # there may be no checkpoint any more
             if not load_checkpoint(run.checkpoint, mmap=True)["finished"]:
@@ -1064,7 +1064,10 @@ def is_finished(record):
 
 
 def read_or_set_aside(path):
-    """A run record; a broken one is renamed, with a line that says so, and {} takes its place."""
+    """A run record, {} where there is none; a broken one is renamed, with a line that says so, and
+    {} takes its place."""
+    if not path.exists():
+        return {}
     try:
         return load_record(path)
     except Damaged as error:

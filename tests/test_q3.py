@@ -963,7 +963,7 @@ def test_spell_chooses_among_the_models_of_the_words_that_are_meant(
         return capsys.readouterr().err
 
     first.unlink()
-    save("portuguese", 0.1)
+    save("portuguese", 0.1, fingerprint="of Portuguese")
     assert "trained on the words in data/portuguese, validation CER 0.1000" in chosen()
     save("pronunciations", 0.5)
     assert "trained on your words, validation CER 0.5000" in chosen()
