@@ -1,26 +1,22 @@
 """What both questions share.
 
-errors, command line | seeding, devices | loading data | run records, checkpoints | running many
-runs | report | plotting
+errors, command line | seeding, devices | loading data | records, checkpoints | runs side by side |
+plotting
 """
 
 import argparse
 import contextlib
 import datetime
-import difflib
-import fnmatch
+import errno
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -29,20 +25,27 @@ import unicodedata
 import urllib.request
 import warnings
 import zipfile
-from collections import Counter
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from urllib.error import URLError
 
+os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may not be there
+
 import filelock
-import joblib
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -53,115 +56,55 @@ SPLITS = ("train", "val", "test")
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one line: what is wrong, where, how to mend it."""
+    """An error caused by user input. Its text is one line: what is wrong, where, how to fix it."""
 
-    def __init__(self, text):
+    def __init__(self, text: str):
         super().__init__(printable(text))
 
 
-class Damaged(UserError):
-    """A record whose content is not what this project wrote."""
-
-
-def printable(text, most=500):
-    """A text on one line, without characters that a terminal would obey, not too long."""
+def printable(text: str, limit: int = 500) -> str:
+    """`text` on one line of at most `limit` characters, control characters escaped."""
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return line if len(line) <= most else f"{line[: most - 4]} ..."
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Names each option's default, but for those whose default needs a sentence of its own."""
-
-    def _get_help_string(self, action):
-        switch = action.default in (None, []) or isinstance(action.default, bool)
-        plain = switch or "(default" in action.help
-        return action.help if plain else super()._get_help_string(action)
-
-
-NEGATIVE = re.compile(r"-\.?\d")  # how a negative number begins, or what is meant as one
-
-
-def _is_of_a_system(word):
-    """Whether the system could have given this argument: lone surrogates and NUL are none of its
-    characters."""
-    try:
-        return b"\0" not in os.fsencode(word)
-    except UnicodeEncodeError:
-        return False
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest option for an unknown one."""
+    """An ArgumentParser whose errors are a `UserError`; --options cannot be abbreviated."""
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        self._negative_number_matcher = NEGATIVE  # argparse's own takes -1e3 for an option
-
-    def parse_args(self, args=None, namespace=None):
-        words = list(sys.argv[1:] if args is None else args)
-        for word in words:
-            if not _is_of_a_system(word):  # a path of it would fail late, and not as an OSError
-                self.error(f"{word!r}: has a character that no file's name can have")
-        named = words[: words.index("--")] if "--" in words else words
-        unknown = [word for word in named if self._looks_unknown(word)]  # also a shortened name
-        if not unknown:
-            options, unknown = self.parse_known_intermixed_args(words, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unknown argument {unknown[0]}{hint}")
-        return options
-
-    def _looks_unknown(self, word):
-        name = word.partition("=")[0]
-        is_option = word.startswith("-") and word.strip("-") and not NEGATIVE.match(word)
-        return is_option and name not in self._option_string_actions
-
-    def arguments(self, options):
-        """The arguments that say what `options`, a dictionary, says beyond the defaults."""
-        words = []
-        for action in self._actions:
-            value = options.get(action.dest)
-            if value is None or value == action.default:
-                continue
-            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
-            words += [*action.option_strings[:1], *map(str, values)]
-        return words
+    def __init__(self, prog: str, usage: str = "%(prog)s [options]", **kwargs: Any):
+        layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(prog, usage, **layout, **kwargs)
 
     def error(self, message):
-        message = printable(message)
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} -h)\n")
-
-
-def check_command(parse_options, command):
-    """Raise ValueError if the command line that a file claims to be of is refused."""
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            parse_options(command.split()[2:])
-    except SystemExit:
-        raise ValueError(errors.getvalue())
+        raise UserError(f"{message} (-h lists the options)")
 
 
 class OneOrMore(argparse.Action):
-    """Stores one value as it is, several as a list, each once; for an option with nargs='+'."""
+    """Stores one value as it is, several as a list without duplicates; for nargs='+'."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         values = list(dict.fromkeys(values))
         setattr(namespace, self.dest, values if len(values) > 1 else values[0])
 
 
-def each(options, *names):
-    """The namespace `options` once for each combination of the values of those called `names`."""
-    values = (getattr(options, name) for name in names)
+def expand(args: Namespace, *names: str) -> list[Namespace]:
+    """One namespace for each combination of the values of the arguments called `names`."""
+    values = (getattr(args, name) for name in names)
     lists = [value if isinstance(value, list) else [value] for value in values]
     return [
-        argparse.Namespace(**vars(options) | dict(zip(names, combination)))
+        Namespace(**vars(args) | dict(zip(names, combination)))
         for combination in itertools.product(*lists)
     ]
 
 
-def number(kind, low, high, low_open=False, high_open=False):
+def number(
+    kind: type, low: float, high: float, low_open: bool = False, high_open: bool = False
+) -> Callable[[str], Any]:
     """An argparse type: a finite `kind` (int or float) between `low` and `high`."""
     left, right = "(" if low_open else "[", ")" if high_open else "]"
 
@@ -170,10 +113,10 @@ def number(kind, low, high, low_open=False, high_open=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        inside = low < value if low_open else low <= value
-        inside &= value < high if high_open else value <= high
-        if not (inside and math.isfinite(value)):
-            name = "a whole number" if kind is int else "a number"
+        above = low < value if low_open else low <= value
+        below = value < high if high_open else value <= high
+        if not (above and below and math.isfinite(value)):
+            name = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {name} in {left}{low}, {high}{right}"
             )
@@ -182,138 +125,139 @@ def number(kind, low, high, low_open=False, high_open=False):
     return parse
 
 
-def add_machine_options(parser, dash):
-    """Add what both scripts ask about seed, machine and places; `dash` is '-' or '--'."""
-    group = parser.add_argument_group("seed, machine and places")
-    several = {"nargs": "+", "action": OneOrMore}
-    seed = "random seed; several: a run for each, side by side"
-    group.add_argument(
-        f"{dash}seed", type=number(int, 0, 2**32 - 1), default=42, help=seed, **several
-    )
-    device = "cpu, cuda, cuda:1, mps, ... (default: cuda where there is one, else cpu)"
-    group.add_argument(f"{dash}device", help=device)
-    threads = "CPU threads a run (default: one a core; one where runs go side by side)"
-    group.add_argument(f"{dash}threads", type=number(int, 1, 1024), help=threads)
-    jobs = "runs at once, where there are several (default: one a core; on a GPU, one; with "
-    jobs += "a scheduler, as many as its workers have threads)"
-    group.add_argument(f"{dash}jobs", type=number(int, 1, 1024), help=jobs)
-    scheduler = "spread several runs over the workers of this Dask scheduler, tcp://HOST:PORT"
-    group.add_argument(f"{dash}scheduler", metavar="ADDRESS", help=scheduler)
-    restart = "forget an unfinished run, of several runs the finished ones too, and begin anew"
-    group.add_argument(f"{dash}restart", action="store_true", help=restart)
-    folder = "where checkpoints/ and figures/ are written (default: beside the scripts)"
-    group.add_argument(f"{dash}output_dir", type=Path, default=ROOT, help=folder)
+probability = number(float, 0, 1, high_open=True)  # an argparse type
 
 
-def add_recipe_options(group, dash, recipes):
-    """Add what both scripts ask about trainings beyond the report's. recipes: {name: {option: its
-    default}}, the first without any."""
-    _, best = recipes
+# fmt: off
+def add_training_options(add: Callable, dash: str, presets: dict[str, dict]) -> None:
+    """Add the training options that both scripts have. presets: {name: {argument: value}}."""
+    add(f"{dash}schedule", choices=("constant", "one_cycle"), default="constant",
+        help="learning rate: constant, or one cycle of linear warm-up and cosine decay to 0 "
+        "(default: %(default)s)")
+    add(f"{dash}label_smoothing", type=probability, default=0.0,
+        help="probability mass spread over all outputs (default: %(default)s)")
+    best = " ".join(to_argv(dash, presets["best"]))
+    add(f"{dash}recipe", choices=presets, default="report",
+        help=f"preset: report, the original's, or best: {best} (default: %(default)s)")
+
+
+def add_runtime_options(parser: Parser, dash: str, threads: str) -> None:
+    """Add the options that say where and how runs are made. threads: default of the help text."""
+    add = parser.add_argument_group("seed, machine and folders").add_argument
+    count = number(int, 1, 1024)
+    add(f"{dash}seed", type=number(int, 0, 2**32 - 1), default=42, nargs="+", action=OneOrMore,
+        help="random seed; several seeds: one run each, side by side (default: %(default)s)")
+    mps = ", mps" if mps_works() else ""
+    add(f"{dash}device", help=f"cpu, cuda, cuda:1{mps} (default: cuda if available, else cpu)")
+    add(f"{dash}threads", type=count, help=f"CPU threads per run (default: {threads})")
+    add(f"{dash}jobs", type=count,
+        help="number of runs at once (default: one per core; on a GPU, one)")
+    add(f"{dash}scheduler", metavar="ADDRESS",
+        help="send runs to the workers of this Dask scheduler, tcp://HOST:PORT")
+    add(f"{dash}restart", action="store_true", help="discard the checkpoint: train from scratch")
+    add(f"{dash}output_dir", type=Path, default=ROOT, metavar="DIR",
+        help="where checkpoints/ and figures/ are written (default: beside the scripts)")
+# fmt: on
+
+
+def parse_with_presets(
+    make_parser: Callable[[], Parser], presets: dict[str, dict], argv: list[str] | None
+) -> Namespace:
+    """Parse the command line, the preset's values as defaults. Raises UserError."""
+    parser = make_parser()
+    parser.set_defaults(**presets[parser.parse_intermixed_args(argv).recipe])
+    args = parser.parse_intermixed_args(argv)
+    del args.recipe  # its values are in the other arguments now
+    return args
+
+
+def overrides(args: Namespace, defaults: Namespace, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The arguments, but for those called `without`, that differ from the defaults."""
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name not in without and value != getattr(defaults, name)
+    }
+
+
+def to_argv(dash: str, arguments: dict[str, Any]) -> list[str]:
+    """Command-line words for arguments: False becomes -no_NAME, True -NAME; None is left out."""
     words = []
-    for name, value in recipes[best].items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"{dash}{name}", *(str(v) for v in values if v is not True)]
-    recipe = f"the report's training, or one meant to be better: {' '.join(words)}"
-    group.add_argument(f"{dash}recipe", choices=recipes, default="report", help=recipe)
-    schedule = "the learning rate: as it is, or up to it and down to 0, once"
-    kinds = {"choices": ("constant", "one_cycle"), "default": "constant"}
-    group.add_argument(f"{dash}schedule", help=schedule, **kinds)
-    smooth = "share of a label that is spread over all that there are"
-    share = number(float, 0, 1, high_open=True)
-    group.add_argument(f"{dash}label_smoothing", type=share, default=0.0, help=smooth)
+    for name, value in arguments.items():
+        if isinstance(value, bool):
+            words.append(f"{dash}{name}" if value else f"{dash}no_{name}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"{dash}{name}", *map(str, values)]
+    return words
 
 
-def parse_with_recipe(parser, recipes, argv):
-    """The command line as a namespace, what it leaves open as the recipe says that it names; so
-    says -h, too."""
-    [option] = [action.option_strings[0] for action in parser._actions if action.dest == "recipe"]
-    first = Parser(prog=parser.prog, add_help=False)
-    first.add_argument(option, dest="recipe")
-    parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].recipe, {}))
-    return parser.parse_args(argv)
-
-
-def chosen_options(options, names, later):
-    """A namespace's options called `names`, and those of `later`, {name: usual value}, that say
-    something else, as a dictionary."""
-    unusual = [name for name, usual in later.items() if getattr(options, name) != usual]
-    return {name: getattr(options, name) for name in (*names, *unusual)}
-
-
-def run_script(main):
-    """Run `main()`; what a user can mend or asked for ends with one line and status 2 or 130."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as tidily as by Ctrl-C
-    commit()
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main()`. A user's error ends with one line and status 2, an interrupt with 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            usual = "utf-8-sig" if stream is sys.stdin else "utf-8"  # as editors may begin files
-            encoding = None if stream.isatty() else usual  # Windows has another for files
+        if hasattr(stream, "reconfigure") and not stream.isatty():  # None if closed
+            encoding = "utf-8-sig" if stream is sys.stdin else "utf-8"
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except UserError as error:
-        sys.exit(_say(f"error: {error}", 2))
+        _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
-        anew = {"-restart", "--restart"} & set(sys.argv)
-        how = f", without {anew.pop()}" if anew else ""
-        sys.exit(_say(f"interrupted; to go on, run the same command again{how}", 130))
+        _exit("interrupted; run the same command again, without restarting, to resume", 130)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        line = "error: out of memory; a smaller batch size or network needs less"
-        sys.exit(_say(f"{line} ({one_line(error)})", 2))
-    except OSError as error:  # a full disk below the output, a name that no system takes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where its rest goes
-        if isinstance(error, BrokenPipeError):  # as in `... | head`: nobody reads on
+        _exit(f"error: out of memory; reduce batch size or network ({one_line(error)})", 2)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if error.errno == errno.EPIPE:  # as in `... | head`
             sys.exit(1)
-        sys.exit(_say(f"error: {printable(str(error))}", 2))
+        _exit(f"error: cannot write the output ({one_line(error)})", 2)
 
 
-def is_out_of_memory(error):
-    """Whether an exception says that memory, the processor's or the GPU's, was short."""
-    signs = "can't allocate memory", "not enough memory", "out of memory"
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
-def _say(line, status):
+def _exit(line: str, status: int) -> None:
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    return status
+    sys.exit(status)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the processor's or the GPU's memory is exhausted."""
+    signs = "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 # ----------------------------------------------------------------------------------------------
 # seeding and devices
 
 
-def seed_everything(seed, epoch=0):
-    """Seed torch, on every device, from (seed, epoch).
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seed torch on every device from (seed, epoch); epoch 0 is the initialisation.
 
-    Each epoch starts from a seed of its own (0 is the model's initialisation), so a run that was
-    killed continues exactly where an undisturbed one would be, and no random state is ever saved.
+    Each epoch has its own seed, so a resumed run draws the same random numbers as an uninterrupted
+    one, and no random state is saved.
     """
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    sequence = np.random.SeedSequence([seed, epoch])
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
-def prepare_device(name=None, threads=None):
-    """The torch.device called `name` (default: cuda where there is one, else cpu), set up to
-    repeat itself bit for bit; `threads` CPU threads (default: one a core).
-
-    Raises UserError if this machine lacks the device.
-    """
+def prepare_device(name: str | None = None, threads: int | None = None) -> torch.device:
+    """The device called `name` (default: cuda if available, else cpu), set to deterministic
+    algorithms; `threads` CPU threads (default: one per core). Raises UserError if it is missing."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        x = torch.zeros(1, device=name)
+        x.item()
+        device = x.device  # 'cpu' for 'cpu:0'
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"device {name!r} cannot be used ({one_line(error)}); try cpu")
-    torch.set_num_threads(threads or len(cores()))
+    if device.type == "mps" and not mps_works():
+        raise UserError("device 'mps' lacks operations that this project needs; try cpu")
+    torch.set_num_threads(threads or cpu_count())
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # where graphs are captured
         torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions have 10 bits for 23
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         # Only warn: max pooling's backward pass adds atomically, but its windows do not overlap.
@@ -321,151 +265,128 @@ def prepare_device(name=None, threads=None):
     return device
 
 
-class Dropout(nn.Dropout):
+@functools.cache
+def mps_works() -> bool:
+    """Whether Apple's GPU is there and has the operations that older versions of torch lack."""
+    if not torch.backends.mps.is_available():
+        return False
+    try:
+        x, indices = torch.ones(2, 2, device="mps"), torch.zeros(2, dtype=torch.long, device="mps")
+        offsets = {"offsets": indices[:1], "mode": "sum"}
+        F.embedding_bag(indices, x, **offsets, per_sample_weights=x[0]).cpu()
+        F.interpolate(x[None, None], (1, 1), mode="bilinear", antialias=True).cpu()
+        with torch.autocast("mps", torch.bfloat16):
+            (x @ x).cpu()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+@functools.cache
+def bfloat16_is_faster() -> bool:
+    """Whether this processor computes convolutions faster in bfloat16 than in float32, by a probe
+    of some 50 ms: processors without bfloat16 instructions emulate them."""
+    conv, x = nn.Conv2d(64, 64, 3, padding=1), torch.rand(8, 64, 24, 24)
+    seconds = {False: [], True: []}
+    with torch.inference_mode():
+        for enabled in (False, True) * 6:
+            with torch.autocast("cpu", torch.bfloat16, enabled):
+                started = time.perf_counter()
+                conv(x)
+                seconds[enabled].append(time.perf_counter() - started)
+    return min(seconds[True]) < min(seconds[False])
+
+
+def cpu_count() -> int:
+    """The number of CPU cores this process may use: its affinity and its container's quota."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, cpu_quota())))
+
+
+def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """The CPU time per second that a container's control group allows (version 2, or 1), or inf."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
+        period = int((cgroup / "cpu/cpu.cfs_period_us").read_text())
+        return quota / period if quota > 0 else math.inf
+    return math.inf
+
+
+class FastDropout(nn.Dropout):
     """nn.Dropout with its mask from torch.rand: on a CPU, Bernoulli numbers take twice as long."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         mask = torch.rand_like(x, dtype=torch.float32)  # bfloat16 has too few numbers below 1
         return (x * mask.ge_(self.p).div_(1 - self.p)).to(x.dtype)
 
 
-def cores():
-    """The CPU cores this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
-    return os.sched_getaffinity(0) if has_affinity else range(os.cpu_count() or 1)
+def learning_rate(schedule: str, peak: float, step: int, steps: int, warm_up: float = 0.3) -> float:
+    """The learning rate of step 0..steps-1: `peak`, or, of schedule 'one_cycle' (Smith and Topin
+    2018, section 3), linear warm-up to `peak`, then cosine decay to 0 as in torch's OneCycleLR."""
+    if schedule == "constant":
+        return peak
+    progress = (step + 0.5) / steps
+    if progress < warm_up:
+        return peak * (progress / warm_up)
+    return peak * ((1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2)
 
 
-def one_cycle(step, optimizer, peak, begun, steps, warm_up=0.3):
-    """`step`, with the learning rate set before each call, of which `begun` of `steps` are past:
-    one cycle (Smith and Topin 2018, section 3), up to `peak` along a line, and, as torch's
-    OneCycleLR, down to 0 along a cosine."""
-    count = itertools.count(begun)
-
-    def stepped(*batch):
-        past = (next(count) + 0.5) / steps
-        down = (1 + math.cos(math.pi * (past - warm_up) / (1 - warm_up))) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = peak * (past / warm_up if past < warm_up else down)
-        step(*batch)
-
-    return stepped
-
-
-class GraphedStep:
-    """step(*tensors), captured as one CUDA graph for each shape of its tensors and then replayed.
-
-    A small step spends most of its time launching kernels one by one; a graph launches them at
-    once. `step` reads nothing but its tensors and writes nothing but `model`, `optimizer`'s state
-    and `totals`, all of which are put back as they were after the rehearsals that CUDA needs.
-    """
-
-    def __init__(self, step, model, optimizer, totals):
-        self.step, self.model, self.optimizer, self.totals = step, model, optimizer, totals
-        self.replays = {}  # by the shapes of the tensors
-
-    def __call__(self, *tensors):
-        shapes = tuple(tensor.shape for tensor in tensors)
-        if shapes not in self.replays:
-            inputs = [tensor.clone() for tensor in tensors]
-            self._rehearse(inputs)
-            self.replays[shapes] = inputs, record_graph(self.step, inputs)
-        inputs, replay = self.replays[shapes]
-        for place, tensor in zip(inputs, tensors):
-            place.copy_(tensor)
-        replay()
-
-    @torch.no_grad()
-    def _put_back(self, before):
-        for tensor in self._state():  # what the optimizer has made meanwhile starts at zero
-            tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-        self.optimizer.zero_grad()
-
-    def _rehearse(self, inputs):
-        """Run the step so that libraries choose their kernels and the optimizer makes its state."""
-        before = {tensor: tensor.detach().clone() for tensor in self._state()}
-        device = self.totals.device
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices), on_side_stream(device):
-            for _ in range(3):
-                self.step(*inputs)
-        self._put_back(before)
-
-    def _state(self):
-        states = self.optimizer.state.values()
-        inside = [value for state in states for value in state.values() if torch.is_tensor(value)]
-        return [*self.model.parameters(), *self.model.buffers(), *inside, self.totals]
-
-
-@contextlib.contextmanager
-def on_side_stream(device):
-    """Run on a CUDA stream of its own, after what was queued before and before what comes after."""
-    if device.type != "cuda":
-        yield
-        return
-    main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        yield
-    main.wait_stream(side)
-
-
-def record_graph(step, inputs):
-    """Capture step(*inputs) without running it; a function that runs what was captured."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(*inputs)
-    return graph.replay
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 # ----------------------------------------------------------------------------------------------
 # loading data
 
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
-BIDIRECTIONAL = set(
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)  # may hide text
-SIZE = 48  # pixels, the height and width of every picture
-MOST_BYTES = 4 * 2**30  # of a data file, unpacked; the course's is .1 GiB, in float64 it is .9
-MOST_SYMBOLS = 1000  # of a word's sound or spelling
-MOST_TEXT = 2**28  # bytes of a list of words; WikiPron's have two million
+SIZE = 48  # pixels, height and width of every image
+MAX_DATA_BYTES = 4 * 2**30  # unpacked; the course's file has .1 GiB, in float64 .9
+MAX_TEXT_BYTES = 2**28  # WikiPron's lists have 2 MiB
+MAX_SYMBOLS = 1000  # of a pronunciation or a spelling
+IMAGE_FORMATS = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
+BIDIRECTIONAL = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass
 class Landscapes:
-    """Pictures of the six classes.
+    """Images of the six classes.
 
-    splits: for 'train', 'val' and 'test', uint8 pictures (N, 3, 48, 48), in any memory layout, and
-    int64 labels (N,)
+    splits: for 'train', 'val' and 'test', uint8 images (N, 3, 48, 48) and int64 labels (N,)
     name: 'photographs' or 'sample'
     """
 
-    splits: dict
+    splits: dict[str, tuple[Tensor, Tensor]]
     name: str = "photographs"
 
     @functools.cached_property
-    def fingerprint(self):
-        """12 hexadecimal digits that change with any pixel or label."""
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that depend on every pixel and label."""
         digest = hashlib.sha256()
         for split in SPLITS:
             for tensor in self.splits[split]:
-                for part in tensor.split(1000):  # a copy of them all would take much memory
+                for part in tensor.split(1000):  # one copy of the whole would take much memory
                     digest.update(part.contiguous().numpy().data)
         return digest.hexdigest()[:12]
 
 
-def load_landscapes(path):
-    """Read the course's .npz (keys train_images, train_labels, val_..., test_...).
+def load_landscapes(path: Path) -> Landscapes:
+    """Read the course's .npz file (keys train_images, train_labels, val_..., test_...).
 
-    Images may be (N, 48, 48, 3), (N, 3, 48, 48) or (N, 6912), which is taken as channels last, and
-    uint8 or floats in 0..1 or 0..255; labels (N,) or (N, 1). Raises UserError, naming file and key,
-    for anything else.
+    Images: (N, 48, 48, 3), (N, 3, 48, 48) or (N, 6912), read as channels last; uint8, or floats in
+    0..1 or 0..255. Labels: (N,) or (N, 1). Raises UserError, naming file and key, otherwise.
     """
     arrays = _read_npz(path, [f"{s}_{kind}" for s in SPLITS for kind in ("images", "labels")])
     splits = {}
     for split in SPLITS:
-        images = _as_pictures(arrays[f"{split}_images"], f"{path}: {split}_images")
+        images = _as_images(arrays[f"{split}_images"], f"{path}: {split}_images")
         labels = _as_labels(arrays[f"{split}_labels"], f"{path}: {split}_labels")
         if len(images) != len(labels):
             raise UserError(
@@ -475,15 +396,15 @@ def load_landscapes(path):
     return Landscapes(splits)
 
 
-def _read_npz(path, keys):
+def _read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
     try:
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise UserError(f"{path}: not an .npz file, but a single array")
         with file:
             size = sum(entry.file_size for entry in file.zip.infolist())
-            if size > MOST_BYTES:
-                raise UserError(f"{path}: refused, for it unpacks to {size / 2**30:.1f} GiB")
+            if size > MAX_DATA_BYTES:
+                raise UserError(f"{path}: refused, it unpacks to {size / 2**30:.1f} GiB")
             if missing := [key for key in keys if key not in file]:
                 raise UserError(f"{path}: has no {', '.join(missing)}; found: {', '.join(file)}")
             return {key: file[key] for key in keys}
@@ -491,15 +412,13 @@ def _read_npz(path, keys):
         raise UserError(f"{path}: no such file; data/README.md says how to get the data")
     except UserError:
         raise
-    except Exception as error:  # damaged zip files and headers raise whatever they like
+    except Exception as error:  # damaged zip files and headers raise exceptions of any type
         raise UserError(f"{path}: not a readable .npz file ({one_line(error)}); prepare it again")
 
 
-def _as_pictures(array, where):
+def _as_images(array: np.ndarray, where: str) -> np.ndarray:
     """`array` in any accepted layout as uint8 (N, 3, 48, 48); a view of it if it is uint8."""
-    if not isinstance(array, np.ndarray) or not (
-        array.dtype == np.uint8 or array.dtype.kind == "f"
-    ):
+    if not (isinstance(array, np.ndarray) and (array.dtype == np.uint8 or array.dtype.kind == "f")):
         raise UserError(f"{where}: type {getattr(array, 'dtype', 'unknown')}, not uint8 or floats")
     if array.shape[1:] == (SIZE * SIZE * 3,):
         array = array.reshape(-1, SIZE, SIZE, 3)
@@ -511,10 +430,10 @@ def _as_pictures(array, where):
             f"(N, 3, {SIZE}, {SIZE}) or (N, {SIZE * SIZE * 3})"
         )
     if len(array) == 0:
-        raise UserError(f"{where}: no pictures")
+        raise UserError(f"{where}: no images")
     if array.dtype.kind == "f":
         low, high = array.min(), array.max()
-        if not (low >= 0 and high <= 255):  # also for NaN, which compares false
+        if not (low >= 0 and high <= 255):  # also for NaN
             raise UserError(
                 f"{where}: values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255"
             )
@@ -522,9 +441,9 @@ def _as_pictures(array, where):
     return array
 
 
-def _as_labels(array, where):
+def _as_labels(array: np.ndarray, where: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-        raise UserError(f"{where}: type {getattr(array, 'dtype', 'unknown')}, not whole numbers")
+        raise UserError(f"{where}: type {getattr(array, 'dtype', 'unknown')}, not integers")
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -534,31 +453,66 @@ def _as_labels(array, where):
     return array.astype(np.int64)
 
 
+def read_image(file: Any) -> Tensor:
+    """The image in `file` (a path or a binary file), of any size and mode, as uint8 (3, 48, 48);
+    of an animation the first frame. Raises UserError if Pillow cannot read it or it has more than
+    89 million pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
+            with Image.open(file, formats=[f for f in IMAGE_FORMATS if f in _decoders()]) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode == "F":  # convert() would turn 0..1 into black
+                    raise ValueError("its pixels are floats of unknown range")
+                if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                    levels = np.asarray(image) // 257
+                    image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+                image = image.convert("RGB")
+        if image.size != (SIZE, SIZE):
+            image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)  # antialiased
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged images raise exceptions of any type
+        raise UserError(f"{file}: not a readable image ({one_line(error)})")
+
+
+@functools.cache
+def _decoders() -> set[str]:
+    Image.init()
+    return set(Image.OPEN)
+
+
+def image_suffixes() -> set[str]:
+    """The file name suffixes, such as '.jpg', of the formats that `read_image` reads."""
+    return {suffix for suffix, f in Image.registered_extensions().items() if f in IMAGE_FORMATS}
+
+
 @dataclass
 class Pronunciations:
-    """Words and how they sound.
+    """Words and their pronunciations.
 
     splits: for 'train', 'val' and 'test', a list of (phonemes, spelling): a tuple of symbols such
     as ('k', 'æ', 't') and a string
     name: 'pronunciations', 'sample', or that of a folder in data/
     """
 
-    splits: dict
+    splits: dict[str, list[tuple[tuple[str, ...], str]]]
     name: str = "pronunciations"
 
     @property
-    def fingerprint(self):
-        """12 hexadecimal digits that change with any symbol."""
+    def fingerprint(self) -> str:
+        """12 hexadecimal digits that depend on every symbol."""
         text = json.dumps([self.splits[split] for split in SPLITS])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load_pronunciations(folder):
+def load_pronunciations(folder: Path) -> Pronunciations:
     """Read train.tsv, valid.tsv and test.tsv in `folder`.
 
     Each line is phonemes separated by spaces, TAB, spelling; UTF-8 with or without a byte order
-    mark, LF or CRLF; the text is brought to Unicode's NFC. Raises UserError, naming file and line,
-    for anything else.
+    mark, LF or CRLF; text is normalised to NFC. Raises UserError, naming file and line, otherwise.
     """
     files = {"train": "train.tsv", "val": "valid.tsv", "test": "test.tsv"}
     pairs = {split: read_tsv(Path(folder) / name) for split, name in files.items()}
@@ -567,13 +521,13 @@ def load_pronunciations(folder):
     )
 
 
-def read_tsv(path):
+def read_tsv(path: Path) -> list[tuple[str, str]]:
     """The lines of a file as pairs of NFC strings. Raises UserError, naming file and line."""
     try:
         with open(path, "rb") as file:
-            content = file.read(MOST_TEXT + 1)
-        if len(content) > MOST_TEXT:
-            raise UserError(f"{path}: refused, for it has more than {MOST_TEXT / 2**20:.0f} MiB")
+            content = file.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise UserError(f"{path}: refused, larger than {MAX_TEXT_BYTES / 2**20:.0f} MiB")
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; data/README.md says how to get the data")
@@ -587,135 +541,91 @@ def read_tsv(path):
         lines.pop()
     if not lines:
         raise UserError(f"{path}: is empty")
-    return [_fields(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_parse_pair(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
-def _fields(line, where):
+def _parse_pair(line: str, where: str) -> tuple[str, str]:
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != 2:
         raise UserError(f"{where}: {len(fields)} fields separated by tabs, expected 2")
     if not all(fields):
         raise UserError(f"{where}: an empty field")
-    if max(map(len, fields)) > MOST_SYMBOLS:
-        raise UserError(f"{where}: a field of more than {MOST_SYMBOLS:,} characters")
+    if max(map(len, fields)) > MAX_SYMBOLS:
+        raise UserError(f"{where}: a field of more than {MAX_SYMBOLS:,} characters")
     if any(unicodedata.category(c) == "Cc" or c in BIDIRECTIONAL for c in "".join(fields)):
         raise UserError(f"{where}: a control character")
     return tuple(unicodedata.normalize("NFC", field) for field in fields)
 
 
-def read_picture(file):
-    """The picture in `file` (a path or a binary file) as a uint8 tensor (3, 48, 48), whatever its
-    size and mode, of an animation the first. Raises UserError if Pillow cannot read it, or warns
-    of its size: it has more than 89 million pixels."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
-            with Image.open(file, formats=picture_formats()) as picture:
-                picture = ImageOps.exif_transpose(picture)
-                if picture.mode == "F":  # convert() would take 0 to 1 for black
-                    raise ValueError("its pixels are floats, of which nothing says what is white")
-                if picture.mode.startswith("I"):  # 16 bits, which convert() would cut off at 255
-                    levels = np.asarray(picture) // 257
-                    picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-                picture = picture.convert("RGB")
-        if picture.size != (SIZE, SIZE):
-            picture = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)  # antialiased
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-    except MemoryError:
-        raise
-    except Exception as error:  # the decoders of damaged pictures raise whatever they like
-        raise UserError(f"{file}: not a readable picture ({one_line(error)})")
-
-
-# Those that a photograph may come in; others of Pillow's start programs or are films.
-FORMATS = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
-
-
-def picture_formats():
-    """Those that this Pillow can read."""
-    Image.init()
-    return [kind for kind in FORMATS if kind in Image.OPEN]
-
-
-def picture_endings():
-    """The file name endings, such as '.jpg', of the formats that are read."""
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-
-
-def download(url, path):
-    """Fetch `url` to `path`, whole or not at all. Raises UserError."""
+def download(url: str, path: Path) -> None:
+    """Download `url` to `path`, whole or not at all. Raises UserError."""
     print(f"Downloading {url}")
-    write_file(path, lambda file: _fetch(url, file))
+    write_file(path, lambda part: _fetch(url, part))
 
 
-def _fetch(url, file):
+def _fetch(url: str, path: Path) -> None:
     try:
         request = urllib.request.Request(url, headers={"User-Agent": "hw2"})
-        with urllib.request.urlopen(request, timeout=60) as response, open(file, "wb") as output:
+        with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as output:
             size = int(response.headers.get("Content-Length", 0)) or None
             bar = {"total": size, "desc": "download", "leave": False, "disable": None}
             with tqdm.wrapattr(output, "write", **bar) as output:
                 shutil.copyfileobj(response, output)
-        if size not in (None, file.stat().st_size):
-            raise ConnectionError(f"{file.stat().st_size:,} of {size:,} bytes arrived; try again")
+        if size not in (None, path.stat().st_size):
+            raise ConnectionError(f"only {path.stat().st_size:,} of {size:,} bytes arrived")
     except (URLError, ConnectionError, TimeoutError, HTTPException, ValueError) as error:
         raise UserError(f"{url}: {one_line(error)}; data/README.md names other ways")
 
 
-def one_line(error):
-    """An exception's text on one line, at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 # ----------------------------------------------------------------------------------------------
-# run records and checkpoints
+# records and checkpoints
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. Whatever can change its result is in `config`, save device and threads,
-    which may change its last bits, and its name is made of that: question, recipe version, options
-    (seed among them), data name and fingerprint."""
+    """One training run and its files.
 
-    title: str  # the readable part of the name, such as 'q2-bn-gap-lr0.01-seed42-sample'
-    config: dict
+    Its identity, of which its name has a hash, is all that can change its result but for device
+    and threads: the arguments that differ from the defaults (seed included), name and fingerprint
+    of its data, and the question's TRAINING_VERSION.
+    """
+
+    title: str  # the readable part of its name, such as 'q2-bn-gap-lr0.01-seed42-sample'
+    command: str  # such as 'python hw2_q2.py -learning_rate 0.1'
+    arguments: dict[str, Any]  # those that differ from the defaults
+    data: dict[str, str]  # name, fingerprint
+    training_version: int
+    epochs: int
     folder: Path = ROOT
-    checkpoint_file: Path | None = None  # where not in checkpoints/ under the run's name
+    checkpoint_file: Path | None = None  # default: the run's name in checkpoints/
 
     @property
-    def name(self):
-        text = json.dumps(self.config, sort_keys=True)
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("arguments", "data", "training_version")}
+
+    @property
+    def name(self) -> str:
+        text = json.dumps(self.identity, sort_keys=True)
         return f"{self.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
-    def checkpoint(self):
+    def checkpoint(self) -> Path:
         return self.checkpoint_file or self.folder / "checkpoints" / f"{self.name}.pt"
 
     @property
-    def record(self):
+    def record(self) -> Path:
         return self.folder / "figures" / "runs" / f"{self.name}.json"
 
     @property
-    def figures(self):
+    def figures(self) -> Path:
         return self.folder / "figures" / self.name
 
 
-def run_config(question, recipe, options, data):
-    """A `Run`'s config: the options that count, a dictionary, and which data they met."""
-    return {
-        "question": question,
-        "recipe": recipe,
-        "options": options,
-        "data": {"name": data.name, "fingerprint": data.fingerprint},
-    }
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary path)`, then rename the result to `path`: whole or not at all.
 
-
-def write_file(path, write):
-    """Call `write(temporary path)`, then move the result to `path`: whole or not at all.
-
-    The temporary name is fixed, so what a killed process left is replaced by the next one. Raises
-    UserError where the file cannot be written; what stood at `path` stays.
+    The temporary name is fixed, so the next write replaces what a killed process left. Raises
+    UserError if the file cannot be written; what stood at `path` stays.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part{path.suffix}")
@@ -723,7 +633,7 @@ def write_file(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # before the name is its, or a power cut could leave it empty
+            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file
         _replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         raise UserError(f"{path}: cannot be written ({one_line(error)})")
@@ -732,7 +642,7 @@ def write_file(path, write):
             temporary.unlink(missing_ok=True)
 
 
-def _replace(source, path, tries=20):
+def _replace(source: Path, path: Path, tries: int = 20) -> None:
     """os.replace, which Windows denies for the moment that another process reads `path`."""
     for left in reversed(range(tries)):
         try:
@@ -743,156 +653,158 @@ def _replace(source, path, tries=20):
             time.sleep(0.1)
 
 
-def save_record(path, record):
-    """Write a run record as JSON, one line a top-level key, the last its checksum."""
-    record = record | {"checksum": _checksum(record)}
+def save_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a run record as JSON, one line per top-level key."""
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def _checksum(record):
-    text = json.dumps(record, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def load_record(path):
-    """Read a run record. Raises UserError if it cannot be read, Damaged if it is broken or was
-    changed by hand."""
+def load_record(path: Path) -> dict[str, Any]:
+    """Read a run record; {} if there is none. Raises UserError if it cannot be read."""
     try:
-        content = Path(path).read_bytes()
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such record")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})")
-    try:
-        record = json.loads(content.decode("utf-8"))
-        found = record.pop("checksum", None) if isinstance(record, dict) else None
-        checksum = _checksum(record)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: not a readable run record ({one_line(error)})")
-    if not isinstance(record, dict) or not _is_config(record.get("config")):
-        raise Damaged(f"{path}: not a run record")
-    if found != checksum:
-        raise Damaged(f"{path}: damaged, or changed by hand: its checksum is another")
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable run record ({one_line(error)}); delete it")
+    kinds = {"command": str, "arguments": dict, "data": dict, "history": dict, "measured": dict}
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise UserError(f"{path}: not a run record; delete it")
     return record
 
 
-def _is_config(config):
-    kinds = {"question": str, "recipe": int, "options": dict, "data": dict}
-    return (
-        isinstance(config, dict)
-        and all(isinstance(config.get(name), kind) for name, kind in kinds.items())
-        and all(isinstance(config["data"].get(name), str) for name in ("name", "fingerprint"))
-    )
+def save_checkpoint(
+    run: Run,
+    model: nn.Module,
+    optimizer: Optimizer,
+    history: dict[str, list[float]],
+    seconds: list[float],
+    **more: Any,
+) -> None:
+    """Write the run's state after an epoch, from which `resume` continues; `more` is kept with it.
 
-
-def save_checkpoint(path, **content):
-    """Write a checkpoint: tensors, numbers, strings, lists and dictionaries of them."""
-    write_file(path, lambda file: torch.save(content, file))
-
-
-def load_checkpoint(path, device="cpu", mmap=False):
-    """Read a checkpoint without running code from it; with `mmap`, tensors only when used, and
-    their checksums unseen.
-
-    Raises UserError if it is missing, broken or not one of this project's.
+    history: {column: one value per epoch}; seconds: one value per epoch.
     """
+    content = run.identity | {"command": run.command, "history": history, "seconds": seconds}
+    content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()} | more
+    write_file(run.checkpoint, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without running code from it. Raises UserError if it is missing, damaged
+    or not one of this project's."""
     try:
         with zipfile.ZipFile(path) as file:
-            if any(entry.compress_size != entry.file_size for entry in file.infolist()):
-                raise ValueError("it is compressed")
-            if not mmap and (part := file.testzip()):  # torch.load does not look
+            if part := file.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"wrong checksum of {part}")
         with warnings.catch_warnings():  # about odd files, which are refused below
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)})")
-    except Exception as error:  # the unpickler of a damaged file raises whatever it likes
+    except Exception as error:  # the unpickler of a damaged file raises exceptions of any type
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path}: not a readable checkpoint ({one_line(error)}); delete it")
-    kinds = {"history": dict, "seconds": list, "finished": bool, "model": dict, "optimizer": dict}
-    if not (
-        isinstance(content, dict)
-        and _is_config(content.get("config"))
-        and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
-        and all(map(_are_numbers, (content["seconds"], *content["history"].values())))
-        and {len(column) for column in content["history"].values()} <= {len(content["seconds"])}
+    kinds = {"command": str, "arguments": dict, "data": dict, "training_version": int}
+    kinds |= {"history": dict, "seconds": list, "model": dict, "optimizer": dict}
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), kind) for name, kind in kinds.items()
     ):
         raise UserError(f"{path}: not a checkpoint of this project")
     return content
 
 
-def _are_numbers(values):
-    return isinstance(values, list) and all(type(value) in (int, float) for value in values)
-
-
-# What torch and Python raise where a checkpoint's parts do not fit the network they are meant for.
-MISFITS = RuntimeError, ValueError, LookupError, TypeError, AttributeError
+CONTENT_ERRORS = RuntimeError, ValueError, LookupError, TypeError, AttributeError
 
 
 @contextlib.contextmanager
-def refusing_misfits(what):
-    """Raise UserError, `what` and why, in place of MISFITS other than short memory."""
+def checkpoint_errors(what: str) -> Iterator[None]:
+    """Raise UserError, `what` and why, if a checkpoint's content does not fit its use."""
     try:
         yield
-    except MISFITS as error:
+    except (*CONTENT_ERRORS, UserError, SystemExit) as error:  # the last by -h in a command
         if is_out_of_memory(error):
             raise
         raise UserError(f"{what} ({one_line(error)})")
 
 
-def continue_run(run, model, optimizer, restart=False):
-    """Load the unfinished run's last epoch into `model` and `optimizer`, if there is one.
+def resume(run: Run, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Load the run's last finished epoch into `model` and `optimizer`, if there is one.
 
-    Returns what its checkpoint holds, above all 'history' {column: [a value an epoch]} and
-    'seconds' [a value an epoch]; only these two, empty, where training starts anew: no checkpoint,
-    a finished one with its record, or `restart`.
+    Returns the checkpoint's content, or empty 'history' and 'seconds'. Raises UserError.
     """
-    anew = {"history": {}, "seconds": []}
-    if restart or not run.checkpoint.exists():
-        return anew
+    if not run.checkpoint.exists():
+        return {"history": {}, "seconds": []}
     saved = load_checkpoint(run.checkpoint, next(model.parameters()).device)
-    if saved["config"] != run.config:
+    if any(saved[name] != value for name, value in run.identity.items()):
         raise UserError(f"{run.checkpoint}: belongs to another run; delete it")
-    if saved["finished"] and run.record.exists():
-        return anew
-    with refusing_misfits(f"{run.checkpoint}: of another network; delete it"):
+    with checkpoint_errors(f"{run.checkpoint}: does not fit the network; delete it"):
         model.load_state_dict(saved["model"])
-        groups = zip(saved["optimizer"]["param_groups"], optimizer.param_groups)
-        for group, own in groups:  # the run may have begun on another device
-            group |= {name: own[name] for name in ("fused", "capturable", "foreach") if name in own}
-        _check_optimizer(saved["optimizer"], optimizer)
         optimizer.load_state_dict(saved["optimizer"])
+        for weight, state in optimizer.state.items():  # fused steps do not compare shapes
+            for name, value in state.items():
+                if torch.is_tensor(value) and name != "step" and value.shape != weight.shape:
+                    raise ValueError("optimizer state of another shape")
+    if 0 < len(saved["seconds"]) < run.epochs:
+        print(f"Resuming after epoch {len(saved['seconds'])}")
     return saved
 
 
-STATES = {torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.SGD: {"momentum_buffer"}}
+def is_trained(run: Run) -> bool:
+    """Whether the run's checkpoint has all its epochs."""
+    if not run.checkpoint.exists():
+        return False
+    saved = load_checkpoint(run.checkpoint)
+    is_same = all(saved[name] == value for name, value in run.identity.items())
+    return is_same and len(saved["seconds"]) == run.epochs
 
 
-def _check_optimizer(saved, optimizer):
-    """Raise ValueError if an optimizer's saved state is not of its kind and its parameters' shapes,
-    which torch does not look at: its fast steps would write beyond the tensors' ends."""
-    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        kinds = [{name: type(value) for name, value in part.items()} for part in (group, own)]
-        if kinds[0] != kinds[1]:
-            raise ValueError("another optimizer's settings")
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for number, state in saved["state"].items():
-        own = {name: () if name == "step" else weights[number].shape for name in state}
-        found = {name: t.shape if t is not None else own[name] for name, t in state.items()}
-        if state and (state.keys() != STATES[type(optimizer)] or found != own):
-            raise ValueError("another optimizer's state")
+def finished_record(run: Run) -> dict[str, Any]:
+    """The record of a run that has final scores and a checkpoint of all its epochs, or {}."""
+    record = load_record(run.record)
+    return record if "final" in record and is_trained(run) else {}
+
+
+def store_record(run: Run, record: dict[str, Any]) -> str:
+    """Write a run's record. If one is there with the same history, it is completed: it keeps the
+    report's analysis and scores of other decoding. Returns a line that says so."""
+    old, note = load_record(run.record), ""
+    if old and old["history"] == record["history"]:
+        note = " (training had the same numbers before)"
+        final, old_final = record.get("final", {}), old.get("final", {})
+        if final.get("max_len") == old_final.get("max_len"):
+            final = old_final | final
+        record = old | ({"final": final} if final else {})
+    elif old:
+        note = " (training had other numbers before, which are replaced)"
+    save_record(run.record, record)
+    return f"Record: {run.record}{note}"
 
 
 @contextlib.contextmanager
-def only_here(run):
-    """Keep other processes from training `run` meanwhile. The lock goes with its process, though
-    its empty file stays. Raises UserError if another process trains the run."""
+def recording_divergence(
+    run: Run, model: nn.Module, history: dict, seconds: list[float]
+) -> Iterator[None]:
+    """Write the record of a run that raises Diverged inside."""
+    try:
+        yield
+    except Diverged as error:
+        diverged = {"diverged_in_epoch": error.epoch, "diverged_in_batch": error.batch}
+        save_record(run.record, new_record(run, model, history, seconds) | diverged)
+        raise
+
+
+@contextlib.contextmanager
+def run_lock(run: Run) -> Iterator[None]:
+    """Keep other processes from training `run`. The lock ends with its process, its empty file
+    stays. Raises UserError if another process holds it."""
+    commit()  # of the code that trains; files may change meanwhile
     path = run.checkpoint.with_name(f"{run.checkpoint.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -905,78 +817,69 @@ def only_here(run):
         yield
 
 
-def save_run(run, model, optimizer, history, seconds, **more):
-    """Write the checkpoint from which `continue_run` goes on; `more` is kept with it."""
-    save_checkpoint(
-        run.checkpoint,
-        config=run.config,
-        history=history,
-        seconds=seconds,
-        finished=False,
-        model=model.state_dict(),
-        optimizer=optimizer.state_dict(),
-        **more,
-    )
-
-
-def finish_run(run):
-    """Mark the run's checkpoint as finished: the same command will train it anew."""
-    saved = load_checkpoint(run.checkpoint)
-    save_checkpoint(run.checkpoint, **saved | {"finished": True})
-
-
-def best_checkpoint(folder, question, score, wanted=lambda saved: True):
-    """The checkpoint of `question` in `folder` with the highest score(checkpoint), of those for
-    which wanted(checkpoint); one trained on a built-in sample only where there is no other. Raises
-    UserError if there is none."""
-    found = []
-    for path in sorted(folder.glob(f"{question}-*.pt")):
+def best_checkpoint(folder: Path, prefix: str, score: Callable[[dict], Any]) -> Path:
+    """The checkpoint prefix*.pt in `folder` with the highest score(content); None excludes one.
+    Raises UserError if there is none."""
+    scored = []
+    for path in sorted(folder.glob(f"{prefix}*.pt")):
         try:
-            saved = load_checkpoint(path, mmap=True)
-            if wanted(saved):
-                found.append((saved["config"]["data"]["name"] != "sample", score(saved), path))
-        except (UserError, *MISFITS) as error:
-            print(f"{path.name} is passed over ({one_line(error)})", file=sys.stderr)
-    if not found:
+            with checkpoint_errors(f"{path}: not usable"):
+                value = score(load_checkpoint(path))
+        except UserError as error:
+            print(f"Skipping {error}", file=sys.stderr)
+            continue
+        if value is not None:
+            scored.append((value, path))
+    if not scored:
         raise UserError(f"{folder}: no trained network there yet; train one first")
-    return max(found)[-1]
+    return max(scored)[-1]
 
 
-class Diverged(Exception):
-    """The training loss is no finite number any more, since this batch of the epoch."""
+class Diverged(UserError):
+    """The training loss is no finite number any more."""
 
-    def __init__(self, batch):
-        super().__init__(batch)
-        self.batch = batch
-
-
-LOOK = 100  # batches between two looks at a GPU's totals, for which it would have to wait
-
-
-def check_totals(totals, batch, batches):
-    """Raise Diverged if the summed loss, totals[0], is no finite number after `batch` of an epoch's
-    `batches`. totals[-1] counts the batches of finite loss."""
-    look = totals.device.type == "cpu" or batch % LOOK == 0 or batch == batches
-    if look and not math.isfinite(totals[0].item()):
-        raise Diverged(int(totals[-1].item()) + 1)
+    def __init__(self, epoch: int, batch: int):
+        super().__init__(
+            f"training stopped: the loss was no longer a finite number in epoch {epoch}, "
+            f"batch {batch}; try a lower learning rate"
+        )
+        self.epoch, self.batch = epoch, batch
 
 
-def stop_diverged(run, record, epoch, batch):
-    """Write the record of a run whose loss was no finite number in `epoch`. Raises UserError."""
-    save_record(run.record, record | {"diverged_in_epoch": epoch, "diverged_in_batch": batch})
-    raise UserError(
-        f"the training loss was no longer a number in epoch {epoch}, batch {batch}, and training "
-        "stopped; try a lower learning rate"
-    )
+CHECK_EVERY = 100  # batches; reading a number back makes a GPU wait
 
 
-def measured(device, seconds):
-    """What differs from run to run: time, machine, versions and date."""
+def check_divergence(running_sums: Tensor, epoch: int, batch: int, batches: int) -> None:
+    """Raise Diverged if the summed loss, running_sums[0], is not finite after batch 1..batches;
+    running_sums[-1] counts the batches of finite loss."""
+    is_due = running_sums.device.type == "cpu" or batch % CHECK_EVERY == 0 or batch == batches
+    if is_due and not math.isfinite(running_sums[0].item()):
+        raise Diverged(epoch, int(running_sums[-1].item()) + 1)
+
+
+def new_record(run: Run, model: nn.Module, history: dict, seconds: list[float]) -> dict[str, Any]:
+    """A run's record, as yet without scores."""
+    return {
+        "command": run.command,
+        **run.identity,
+        "parameters": count_parameters(model),
+        "history": history,
+        "measured": measured(next(model.parameters()).device, seconds),
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def measured(device: torch.device, seconds: list[float]) -> dict[str, Any]:
+    """What differs between repetitions of a run: time, machine, versions and date."""
     return {
         "seconds": [round(s, 3) for s in seconds],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": _processor(),
-        "cores": len(cores()),
+        "cores": cpu_count(),
         "threads": torch.get_num_threads(),
         "peak_memory_mib": _peak_memory(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -989,21 +892,21 @@ def measured(device, seconds):
 
 
 @functools.cache
-def commit():
-    """The commit of the code, '-dirty' behind it where a script was changed since; None without
-    one. As it was at the first call, for an update does not change a process that runs."""
-    if not (ROOT / ".git").exists():  # a folder above this may have commits of its own
+def commit() -> str | None:
+    """The commit of the code at the first call, '-dirty' behind it if a script was changed since;
+    None without one."""
+    if not (ROOT / ".git").exists():  # a folder above this may have commits
         return None
     git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
     try:
-        found = git(["git", "describe", "--always", "--exclude=*"], check=True).stdout.strip()
+        name = git(["git", "describe", "--always", "--exclude=*"], check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-    return f"{found}-dirty" if changed else found
+    return f"{name}-dirty" if changed else name
 
 
-def _peak_memory():
+def _peak_memory() -> int | None:
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) // 1024
@@ -1011,7 +914,7 @@ def _peak_memory():
         return None
 
 
-def _processor():
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -1020,530 +923,108 @@ def _processor():
 
 
 # ----------------------------------------------------------------------------------------------
-# running many runs
-
-POLL = 2  # seconds between two looks at how far the runs are
+# runs side by side
 
 
-@dataclass(frozen=True)
-class Task:
-    """A run to be trained by a process of its own: `python` with these arguments."""
+def train_side_by_side(
+    script: ModuleType,
+    configs: list[Namespace],
+    is_finished: Callable = lambda run, args: finished_record(run),
+) -> None:
+    """Train the runs that several sets of arguments describe, each in a process of its own.
 
-    run: Run
-    arguments: tuple
-    epochs: int
-
-    def epochs_done(self):
-        """How many epochs its checkpoint has."""
-        try:
-            return len(load_checkpoint(self.run.checkpoint, mmap=True)["seconds"])
-        except UserError:
-            return 0
-
-
-def epochs_of(options):
-    """How many epochs a dictionary of options asks for, by either question's name for them."""
-    return options.get("epochs") or options["n_epochs"]
-
-
-def finished_record(run):
-    """The record of a run that was trained to its end, be it that it diverged; None if there is
-    none, or its checkpoint is of a later training that was interrupted. A broken record is set
-    aside, with a line that says so."""
-    record = read_or_set_aside(run.record)
-    if "final" in record:
-        with contextlib.suppress(UserError):  # there may be no checkpoint any more
-            if not load_checkpoint(run.checkpoint, mmap=True)["finished"]:
-                return None
-    return record if is_finished(record) else None
-
-
-def is_finished(record):
-    """Whether a record is of a run that was trained to its end, be it that it diverged."""
-    return bool({"final", "diverged_in_epoch"} & record.keys())
-
-
-def read_or_set_aside(path):
-    """A run record, {} where there is none; a broken one is renamed, with a line that says so, and
-    {} takes its place."""
-    if not path.exists():
-        return {}
-    try:
-        return load_record(path)
-    except Damaged as error:
-        aside = path.with_suffix(".broken")
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            os.replace(path, aside)
-        print(f"{error}; set aside as {aside.name}", file=sys.stderr)
-        return {}
-
-
-def train_many(script, several, data=None, done=finished_record):
-    """Train the runs that several namespaces of options describe, side by side.
-
-    script: the question's module; it has make_parser, make_run, load_data and summary. done: as
-    of run_many.
+    script: the question's module; is_finished(run, arguments): the record of a finished run, or {}.
+    Finished runs are skipped, so the same command again trains what is left; `restart` retrains
+    them. A run that fails does not stop the others; at the end UserError says how many failed.
     """
-    data = data or script.load_data(several[0])
-    parser, tasks = script.make_parser(), []
-    for options in several:
-        own = vars(options) | {"threads": options.threads or 1, "jobs": None, "scheduler": None}
-        words = str(Path(script.__file__).resolve()), *parser.arguments(own)
-        tasks.append(Task(script.make_run(options, data), words, epochs_of(own)))
-    run_many(tasks, script.summary, several[0], done)
-
-
-def run_many(tasks, summary, options, done=finished_record):
-    """Train the runs of `tasks` side by side and return their records, in order, None for one that
-    was never tested.
-
-    A run for which done(run) returns a record is passed over, so the same call again does what is
-    left. summary: a record -> what the line says that is printed as its run ends. options: how many
-    at once ('jobs'; by default one a core, or one on a GPU), or the address of a Dask scheduler
-    whose workers, on machines that share this folder, do the work ('scheduler'); 'restart' passes
-    no run over. A run that fails takes no other along; at the end UserError says how many did.
-    """
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    jobs = options.jobs or (len(cores()) if device.partition(":")[0] == "cpu" else 1)
-    left, failed = {}, 0
-    before = {task.run.name: done(task.run) for task in tasks}
-    for task in tasks:
-        record = before[task.run.name]
-        if record and not options.restart:
-            print(f"{task.run.name}: {summary(record)} (from its record)")
+    args, data = configs[0], script.load_data(configs[0])
+    runs, before = {}, {}
+    for config in configs:
+        run = script.make_run(config, data)
+        if not args.restart and (record := is_finished(run, config)):
+            print(
+                f"{run.name}: {script.summary(record)} (finished; {script.DASH}restart retrains it)"
+            )
+            continue
+        command = process_command(script, config)
+        runs[command], before[command] = run, load_record(run.record)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    at_once = cpu_count() // (args.threads or 1) if device.startswith("cpu") else 1
+    jobs = args.jobs or max(1, at_once)
+    results, failures = run_processes(list(runs), jobs, args.scheduler), 0
+    for result in tqdm(results, total=len(runs), unit="run", disable=None if runs else True):
+        run, old = runs[tuple(result.args)], before[tuple(result.args)]
+        record = load_record(run.record)
+        has_diverged = "diverged_in_epoch" in record and record != old
+        if (result.returncode == 0 and record) or has_diverged:
+            line = script.summary(record)
         else:
-            left[(sys.executable, *task.arguments)] = task
-    with _progress(left.values()) as bar, _finished(left, jobs, options.scheduler) as results:
-        for result in results:
-            run = left[tuple(result.args)].run
-            record = finished_record(run)
-            diverged = record and "diverged_in_epoch" in record and record != before[run.name]
-            if record and (result.returncode == 0 or diverged):
-                bar.write(f"{run.name}: {summary(record)}")
-            else:
-                failed += 1
-                bar.write(f"{run.name}: {_why(result)}")
-    if failed:
-        how = "the same command" + ", without restart," * options.restart
-        raise UserError(f"{failed} of {len(tasks)} runs failed; {how} tries them again")
-    return [finished_record(task.run) for task in tasks]
+            failures += 1
+            line = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
+        tqdm.write(f"{run.name}: {line}")
+    if failures:
+        raise UserError(f"{failures} of {len(configs)} runs failed; run the same command to retry")
 
 
-def _why(result):
-    lines = result.stderr.strip().splitlines()
-    if result.returncode == 0:
-        return "left no record here; do the machines share this folder?"
-    return lines[-1] if lines else f"ended with status {result.returncode}"
+def process_command(script: ModuleType, args: Namespace) -> tuple[str, ...]:
+    """The command of a process that trains one run, on one thread if the arguments do not say."""
+    arguments = script.overrides(args, ("jobs", "scheduler"))
+    arguments["threads"] = args.threads or 1
+    path = str(Path(script.__file__).resolve())
+    return sys.executable, path, *to_argv(script.DASH, arguments)
 
 
-@contextlib.contextmanager
-def _progress(tasks):
-    """One progress bar over all epochs of the tasks, kept up to date by a thread."""
-    ended = threading.Event()
-    total = sum(task.epochs for task in tasks)
-    with tqdm(total=total, unit="epoch", disable=None if total else True) as bar:
-
-        def watch():
-            while not ended.wait(POLL):
-                bar.n = sum(task.epochs_done() for task in tasks)
-                bar.refresh()
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        if not bar.disable:
-            watcher.start()
-        try:
-            yield bar
-        finally:
-            ended.set()
-            if watcher.is_alive():
-                watcher.join()
-
-
-@contextlib.contextmanager
-def _finished(commands, jobs, scheduler):
-    """An iterator over the commands' CompletedProcess as they end. Leaving ends the others, but for
-    those that a Dask worker has begun."""
+def run_processes(
+    commands: list[tuple[str, ...]], jobs: int, scheduler: str | None = None
+) -> Iterator[subprocess.CompletedProcess]:
+    """Run commands, `jobs` at once or on the workers of a Dask scheduler; yield each one's result
+    as it ends. Leaving early cancels the others and terminates those that run here."""
     how = {"cwd": os.getcwd(), "stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     how |= {"stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    children, leaving = [], threading.Event()
+
+    def run_here(command, **how):
+        with subprocess.Popen(command, **how) as child:
+            children.append(child)
+            if leaving.is_set():  # started while the others were terminated
+                child.terminate()
+            errors = child.communicate()[1]
+        return subprocess.CompletedProcess(command, child.returncode, stderr=errors)
+
     with contextlib.ExitStack() as stack:
         if scheduler:
-            stack.enter_context(_dask(scheduler))
-            start, jobs = subprocess.run, -1  # as many as the workers have threads
+            pool = stack.enter_context(dask_client(scheduler)).get_executor()
         else:
-            start = stack.enter_context(_Children()).run
-            stack.enter_context(joblib.parallel_config("threading"))
-        parallel = joblib.Parallel(jobs, return_as="generator_unordered")
-        results = parallel(joblib.delayed(start)(list(command), **how) for command in commands)
+            pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        run = subprocess.run if scheduler else run_here
+        futures = [pool.submit(run, list(command), **how) for command in commands]
         try:
-            yield results
+            for future in as_completed(futures):
+                yield future.result()
         finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # joblib tells of runs that were not awaited
-                results.close()
+            leaving.set()
+            for future in futures:
+                future.cancel()
+            for child in children:
+                child.terminate()
 
 
-class _Children(contextlib.AbstractContextManager):
-    """Like subprocess.run, but leaving the context ends the processes that are still there, and
-    waits for their end."""
-
-    def __init__(self):
-        self.running, self.left = set(), False
-
-    def run(self, command, **how):
-        if self.left:
-            return subprocess.CompletedProcess(command, -signal.SIGTERM, stderr="")
-        with subprocess.Popen(command, **how) as process:
-            self.running.add(process)
-            if self.left:  # meanwhile
-                process.terminate()
-            errors = process.communicate()[1]
-        self.running.discard(process)
-        return subprocess.CompletedProcess(command, process.returncode, stderr=errors)
-
-    def __exit__(self, *exception):
-        self.left = True
-        left = list(self.running)
-        for process in left:
-            process.terminate()
-        for process in left:  # none outlives this one
-            process.wait()
-
-
-@contextlib.contextmanager
-def _dask(address):
+def dask_client(address: str) -> Any:
+    """A client of the Dask scheduler at `address`. Raises UserError."""
     try:
-        from dask.distributed import Client
+        from distributed import Client
     except ImportError:
-        raise UserError('Dask is not installed; pip install "dask[distributed]"')
+        raise UserError("Dask is not installed; pip install distributed")
     try:
-        client = Client(address, timeout=10)
+        return Client(address, timeout=10)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"no Dask scheduler at {address} ({one_line(error)})")
-    with client, joblib.parallel_config("dask"):
-        yield
-
-
-# ----------------------------------------------------------------------------------------------
-# report
-
-REPORT_SEEDS = (42, 1, 2, 3, 4)
-GROUPS = {"report": ("report",), "all": ("report", "all"), "beyond": ("beyond",)}  # of systems
-TEMPLATE = ROOT / "figures" / "template.md"
-FIELD = re.compile(r"{{(.*?)}}", re.DOTALL)
-NOT_TRAINED = "*(not trained yet)*"
-
-
-@dataclass(frozen=True)
-class System:
-    """Something that the report trains: its label in tables and figures, the script's arguments,
-    over how many seeds, whether the original report has it ('report'), it tests what that says
-    ('all'), or it goes beyond it ('beyond'), and the name of its data, None for the usual ones."""
-
-    label: str
-    arguments: str
-    seeds: int = 3
-    group: str = "report"
-    data: str | None = None
-
-
-def add_report_options(parser, dash):
-    """Add what both scripts ask about the report."""
-    add = parser.add_argument_group("report").add_argument
-    what = "train what is missing, then write this question's part of figures/README.md; all: train"
-    what += " also what tests the original report's claims; beyond: what goes beyond it"
-    choices = {"nargs": "?", "const": "report", "choices": GROUPS}
-    add(f"{dash}report", help=what, **choices)
-    seeds = number(int, 1, len(REPORT_SEEDS))
-    add(f"{dash}n_seeds", type=seeds, metavar="N", help="seeds a system (default: 1 to 5)")
-    only = "train only systems whose label matches, such as '*pool*'"
-    add(f"{dash}only", metavar="GLOB", default="*", help=only)
-    dry = "only list what would be trained and how long it takes"
-    add(f"{dash}dry_run", action="store_true", help=dry)
-    formats = {"choices": ("png", "pdf", "svg"), "default": "png"}
-    add(f"{dash}figure_format", help="file format of the report's figures", **formats)
-
-
-def check_report_options(parser, options, dash, places):
-    """End with one line where an option of the report's is given without it, or another with it
-    that is not about `places`: the report trains systems of its own."""
-    own = "n_seeds", "only", "dry_run", "figure_format"
-    for action in parser._actions:
-        name = action.option_strings[0] if action.option_strings else action.dest
-        if getattr(options, action.dest, action.default) in (action.default, []):
-            continue
-        if action.dest in own and not options.report:
-            parser.error(f"{name} goes with {dash}report")
-        if options.report and action.dest not in ("report", *own, *places):
-            parser.error(f"{dash}report trains systems of its own: it goes without {name}")
-
-
-def write_report(script, options):
-    """Train what is missing and write a question's part of the report.
-
-    script: the question's module; it has QUESTION, RECIPE, SYSTEMS, PLACES, LATER_OPTIONS,
-    parse_options, make_parser, run_options, command, make_run, load_data, summary, trial_scores,
-    which makes of a record of `figures/trials` {column: text}, and report_parts, which makes of
-    {label: records} the fields of the template's part: figures, text, or None where no run is.
-    """
-    folder = options.output_dir / "figures"
-    trials = _trials_table(script, folder / "trials")
-    all_systems = argparse.Namespace(**vars(options) | {"report": None, "only": "*"})
-    most_seeds = argparse.Namespace(**vars(all_systems) | {"n_seeds": len(REPORT_SEEDS)})
-    known = {key: several.label for key, several in _wanted_runs(script, most_seeds)}
-    found = _read_records(folder / "runs", script.QUESTION, known)
-    missing = [several for key, several in _wanted_runs(script, options) if key not in found]
-    if options.dry_run:
-        _list_missing(script, missing, found, known)
-        return
-    if (folder / "README.md").exists():
-        _around(folder / "README.md", script.QUESTION)  # before hours of training
-    if missing:
-        _train_missing(script, missing, found)
-        found = _read_records(folder / "runs", script.QUESTION, known)
-    records = {system.label: [] for system in script.SYSTEMS}
-    for key, several in _wanted_runs(script, all_systems):
-        if key in found:
-            records[several.label].append(found[key])
-    fields = script.report_parts(records) | {"table trials": trials}
-    write_part(folder / "README.md", script.QUESTION, fields, options.figure_format)
-    print(f"Report: {folder / 'README.md'}")
-
-
-def _wanted_runs(script, options):
-    """A (key, options) for each run that the report wants, of all groups where it says none."""
-    wanted = []
-    for system in script.SYSTEMS:
-        matches = fnmatch.fnmatchcase(system.label, options.only)
-        if matches and system.group in GROUPS.get(options.report, (system.group,)):
-            seeds = REPORT_SEEDS[: options.n_seeds or system.seeds]
-            own = vars(script.parse_options(system.arguments.split()))
-            if isinstance(own["seed"], list):  # an ensemble's, one run
-                seeds = [own["seed"]]
-            places = {name: getattr(options, name) for name in script.PLACES}
-            if system.data:
-                places["data_dir"] = ROOT / "data" / system.data
-            for seed in seeds:
-                about = {"seed": seed, "label": system.label, "data": system.data}
-                several = argparse.Namespace(**own | places | about)
-                chosen = script.run_options(several)
-                wanted.append((_key(script.RECIPE, chosen, system.data), several))
-    return wanted
-
-
-def _data_of(name):
-    """How System.data says what data of this name are."""
-    return None if name in ("photographs", "pronunciations", "sample") else name
-
-
-def _key(recipe, options, data):
-    """What a run is known by; data: as System.data."""
-    return json.dumps([recipe, options, data], sort_keys=True)
-
-
-def _key_of(record):
-    config = record["config"]
-    return _key(config["recipe"], config["options"], _data_of(config["data"]["name"]))
-
-
-def _read_records(folder, question, known):
-    """{key: record} of a question's runs with `known` keys, of each name of data on one set, that
-    with the most of them; built-in samples are none. Broken records are named and set aside."""
-    found = {}  # by name, by fingerprint
-    for path in sorted(folder.glob(f"{question}-*.json")):
-        record = read_or_set_aside(path)
-        if is_finished(record) and (key := _key_of(record)) in known:
-            data = record["config"]["data"]
-            if data["name"] != "sample":
-                sets = found.setdefault(data["name"], {})
-                sets.setdefault(data["fingerprint"], {})[key] = record
-    most = (max(sets.values(), key=len) for sets in found.values())
-    return {key: record for records in most for key, record in records.items()}
-
-
-def _trials_table(script, folder):
-    """What the runs in `folder` changed, against the first of them, and what it gave; None without
-    any. Their options may be gone again: the commit has them. They need not have been tested."""
-    records = [read_or_set_aside(path) for path in folder.glob(f"{script.QUESTION}-*.json")]
-    records = [record for record in records if record]
-    records.sort(key=lambda record: record["measured"]["date"])
-    configs = [record["config"] for record in records]
-    options = [script.LATER_OPTIONS | c["options"] | {"data": c["data"]["name"]} for c in configs]
-    scores = [
-        {} if "diverged_in_epoch" in record else script.trial_scores(record) for record in records
-    ]
-    columns = max(scores, key=len, default={})
-    rows = [
-        [
-            _changes(options[0], own) or "–",
-            *(found.get(column, "diverged") for column in columns),
-            record["measured"].get("commit") or "–",
-        ]
-        for record, own, found in zip(records, options, scores)
-    ]
-    return markdown_table(["changed", *columns, "commit"], rows)
-
-
-def _changes(before, after):
-    """What differs in dictionaries of options, 'name value' each, by the values of the latter."""
-    texts = {
-        name: " ".join(value) or "none" if isinstance(value, list) else value
-        for name, value in after.items()
-    }
-    names = dict.fromkeys((*before, *after))
-    return ", ".join(f"{n} {texts.get(n)}" for n in names if before.get(n) != after.get(n))
-
-
-def _list_missing(script, missing, found, labels):
-    """Print the command of each missing run, and how long it takes by the records found; labels: by
-    their keys."""
-    took = {}  # by label, seconds an epoch
-    for key, record in found.items():
-        if seconds := record["measured"]["seconds"]:
-            took.setdefault(labels[key], []).append(statistics.median(seconds))
-    usual = statistics.median([second for known in took.values() for second in known] or [0])
-    hours = 0
-    for options in missing:
-        if not vars(options).get("ensemble"):  # whose members are systems of their own
-            epoch = statistics.median(took.get(options.label, [usual]))
-            hours += epoch * epochs_of(vars(options)) / 3600
-        words = f" --data_dir data/{options.data}" if options.data else ""
-        print(script.command(script.run_options(options)) + words)
-    guess = f"; some {hours / len(cores()):.1f} hours on this machine" if usual else ""
-    print(f"{len(missing)} runs to train{guess}")
-
-
-def _train_missing(script, missing, found):
-    """Train these runs, each kind of data by itself and ensembles last. Where runs fail, the others
-    go on, and UserError says so at the end."""
-    parts, failures = {}, []
-    for several in missing:
-        together = vars(several).get("ensemble", False)
-        several.restart &= not together  # its members have just been trained
-        parts.setdefault((together, several.data or ""), []).append(several)
-    parts = [part for _, part in sorted(parts.items())]
-    loaded = [_load_as_found(script, part[0], found) for part in parts]  # before any training
-    for part, data in zip(parts, loaded):
-        try:
-            train_many(script, part, data)
-        except UserError as error:
-            failures.append(str(error))
-    if failures:
-        raise UserError("; ".join(failures))
-
-
-def _load_as_found(script, options, found):
-    """The data that a missing run needs: real ones, and those of the records found, if any. Raises
-    UserError where others are there."""
-    data = script.load_data(options)
-    used = (record["config"]["data"] for record in found.values())
-    known = {own["fingerprint"] for own in used if _data_of(own["name"]) == options.data}
-    right = known <= {data.fingerprint} and _data_of(data.name) == options.data
-    if data.name == "sample" or not right:
-        needed = "the data of the others" if known else "real data, not the built-in sample"
-        raise UserError(
-            f"{options.label}: its runs are missing, and need {needed}; data/README.md says how to "
-            "get them"
-        )
-    return data
-
-
-def write_part(path, part, fields, ending="png"):
-    """Write the report's `part`: the template's text between its markers, with {{name}} replaced by
-    fields[name], and {{name: caption}} by a figure, which is saved beside `path` as `ending`; all
-    else in the file stays. In a new file the other parts' fields are not trained yet. Other
-    processes wait.
-    """
-
-    def fill(match):
-        name, _, caption = match[1].partition(": ")
-        value = fields[name]
-        if isinstance(value, Figure):
-            file = f"{part}-{name}.{ending}"
-            save_figure(path.parent / file, value)
-            return f"![{caption}]({file})\n\n*{caption}*"
-        return NOT_TRAINED if value is None else value
-
-    filled = FIELD.sub(fill, _around(TEMPLATE, part)[1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_name(f".{path.name}.part.lock"), timeout=60):
-        new = not path.exists()
-        before, _, behind = _around(TEMPLATE if new else path, part)
-        text = before + filled + behind
-        text = FIELD.sub(NOT_TRAINED, text) if new else text
-        write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
-
-
-def _around(path, part):
-    """What stands before, between and behind the markers of the report's `part`, these included
-    outside. Raises UserError."""
-    begin, end = f"<!-- {part} -->", f"<!-- /{part} -->"
-    try:
-        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})")
-    between, found, behind = rest.partition(end)
-    if not found:
-        raise UserError(f"{path}: has no {begin} ... {end}; delete it, and it is made anew")
-    return before + begin, between, end + behind
-
-
-def markdown_table(head, rows, text=1):
-    """A Markdown table, or None without rows; its first `text` columns to the left, the others,
-    numbers, to the right."""
-    if not rows:
-        return None
-    lines = [head, ["---"] * text + ["--:"] * (len(head) - text), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def mean_sd(values):
-    """'mean ± standard deviation' over seeds; the mean alone of one, a dash for none."""
-    if not values:
-        return "–"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
-
-
-def gain(values, usual):
-    """'difference of two means ± its standard error' over seeds; without the error where either
-    has one value, a dash where it has none."""
-    if not (values and usual):
-        return "–"
-    difference = f"{statistics.mean(values) - statistics.mean(usual):+.3f}"
-    if min(len(values), len(usual)) == 1:
-        return difference
-    squares = sum(statistics.variance(part) / len(part) for part in (values, usual))
-    return f"{difference} ± {math.sqrt(squares):.3f}"
-
-
-def minutes(record):
-    """How long a run's epochs took together."""
-    return sum(record["measured"]["seconds"]) / 60
-
-
-def machines(records):
-    """Sentences that say on what machines and with which versions the records were made."""
-    counts = Counter(
-        f"{'' if m['device'] == 'cpu' else m['device'] + ', '}"
-        f"{m['cores']} cores of an {m['processor']}, {m['threads']} thread"
-        f"{'s' * (m['threads'] > 1)} a run, torch {m['torch']}, Python {m['python']}"
-        for m in (record["measured"] for record in records)
-    )
-    return "; ".join(f"{machine} ({n} runs)" for machine, n in sorted(counts.items()))
-
-
-def interval(draw, runs, repetitions=2000):
-    """The middle 95 % of a single run's score: draw(run, random) resamples the test items of a run
-    that is itself drawn from `runs`, the seeds (Efron and Tibshirani 1993, chapter 13)."""
-    random = np.random.default_rng(0)
-    scores = [draw(runs[random.integers(len(runs))], random) for _ in range(repetitions)]
-    return tuple(np.percentile(scores, [2.5, 97.5]).tolist())
 
 
 # ----------------------------------------------------------------------------------------------
 # plotting
 
-# Okabe and Ito's colours, distinct for colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 SKY = "#56B4E9"
 STYLE = {
@@ -1562,58 +1043,25 @@ STYLE = {
 }
 
 
-def figure(width=4.2, height=2.9, rows=1, columns=1, **kwargs):
-    """A new figure, `width` x `height` inches, and its axes, in the style of all figures."""
+def new_figure(
+    width: float = 4.2, height: float = 2.9, rows: int = 1, columns: int = 1, **kwargs: Any
+) -> tuple[Figure, Any]:
+    """A figure of `width` x `height` inches and its axes, in the style of all figures."""
     matplotlib.rcParams.update(STYLE)  # titles and labels look here when they are set, not before
-    new = Figure(figsize=(width, height), layout="constrained")
-    return new, new.subplots(rows, columns, **kwargs)
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(rows, columns, **kwargs)
 
 
-def save_figure(path, fig):
-    """Write `fig` in the format that `path` ends with, without the date: the same bytes again."""
+def save_figure(path: Path, fig: Figure) -> None:
+    """Write `fig` in the format of the path's suffix, without the date: the same bytes again."""
     date = {".pdf": "CreationDate", ".svg": "Date"}.get(Path(path).suffix)
     write_file(path, lambda file: fig.savefig(file, metadata={date: None} if date else None))
 
 
-def plot_curve(path, title, ylabel, values):
-    """Plot a value an epoch."""
-    fig, axes = figure()
+def plot_curve(path: Path, title: str, ylabel: str, values: list[float]) -> None:
+    """Plot one value per epoch."""
+    fig, axes = new_figure()
     axes.plot(range(1, len(values) + 1), values, color=BLUE, marker=".", markersize=4)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=title, xlabel="Epoch", ylabel=ylabel)
     save_figure(path, fig)
-
-
-def legend_above(fig, axes, columns=2):
-    """The legend of `axes` above all panels of `fig`, where it hides no curve."""
-    fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
-
-
-def with_seeds(label, runs):
-    """A label that says over how many seeds."""
-    return f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-
-
-def plot_bands(axes, runs, label, marker=None, first=1, **look):
-    """Plot lists of values, one a run, against `first`, `first` + 1, ...: their mean, and a band
-    from the least to the greatest; if some end early, each run by itself, their ends crossed. look:
-    colour and style of the lines."""
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(set(map(len, runs))) > 1:
-        longest = max(map(len, runs))
-        for run in runs:
-            end = {"marker": "x", "markevery": [-1]} if len(run) < longest else {"marker": marker}
-            axes.plot(range(first, first + len(run)), run, label=label, **end, **look)
-            label = None  # once in the legend
-        return
-    table, steps = np.array(runs), range(first, first + len(runs[0]))
-    axes.plot(steps, table.mean(0), label=label, marker=marker, **look)
-    axes.fill_between(steps, table.min(0), table.max(0), color=look["color"], alpha=0.2, lw=0)
-
-
-def plot_against_time(axes, points, looks, ensembles=()):
-    """A mark for each run of {label: (minutes, values)}; ensembles: those of runs of many seeds."""
-    for (label, (times, values)), marker in zip(points.items(), "osD^vP<>"):
-        look = {"color": looks[label]["color"], "markersize": 6, "alpha": 0.8}
-        name = label if label in ensembles else with_seeds(label, values)
-        axes.plot(times, values, marker, label=name, **look)
