@@ -1,20 +1,25 @@
 """Make data/intel_landscapes.v2.npz from the photographs of "Intel Image Classification".
 
-    python -m data.prepare_landscapes --download             fetch them (350 MB), no account needed
+    python -m data.prepare_landscapes --download             download them (350 MB), no account
     python -m data.prepare_landscapes --archive archive.zip  from Kaggle's archive
     python -m data.prepare_landscapes --folder photographs/  from the unpacked archive
 
-Every picture is shrunk to 48x48. Kaggle's training pictures become the training and validation
-sets, its test pictures the test set.
+All images are resized to 48x48. A tenth of Kaggle's training images becomes the validation set.
+
+files | images | splits | main
 """
 
-import collections
+import argparse
+import functools
 import hashlib
 import io
 import math
 import stat
 import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,243 +31,247 @@ from utils import CLASSES, UserError
 URL = "https://www.kaggle.com/api/v1/datasets/download/puneet6060/intel-image-classification"
 OUTPUT = utils.ROOT / "data" / "intel_landscapes.v2.npz"
 FOLDERS = {"seg_train": "train", "seg_test": "test"}
-MAX_PICTURE = 64 * 2**20  # bytes; the largest real one has 30 KB
-
-
-def parse_options(argv=None):
-    """The command line as a namespace."""
-    parser = utils.Parser(prog="python -m data.prepare_landscapes", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--archive", type=Path, help="Kaggle's archive")
-    source.add_argument("--folder", type=Path, help="the unpacked archive")
-    source.add_argument("--download", action="store_true", help="download the archive first")
-    parser.add_argument("--url", default=URL, help="where --download finds the archive")
-    output = "the file to write (default: data/intel_landscapes.v2.npz)"
-    parser.add_argument("--output", type=Path, default=OUTPUT, help=output)
-    seed = utils.number(int, 0, 2**32 - 1)
-    parser.add_argument("--seed", type=seed, default=42, help="seed of the validation split")
-    drop = "leave out training pictures that stand twice, under two labels, or in the test set"
-    parser.add_argument("--drop_duplicates", action="store_true", help=drop)
-    options = parser.parse_args(argv)
-    if not options.output.name or options.output.is_dir():
-        parser.error(f"--output {options.output} is a folder, not the name of a file")
-    return options
-
+MAX_ENTRY_BYTES = 64 * 2**20  # unpacked; the largest photograph has 30 KB
 
 # ----------------------------------------------------------------------------------------------
-# finding pictures: functions that yield (split, class, name, read), read() giving the bytes
+# files
+
+File = tuple[tuple[str, ...], Callable[[], bytes]]  # the parts of its path; reads its content
 
 
-def in_folder(folder):
-    """The pictures below `folder`. Raises UserError if it is not a folder."""
+def files_in_folder(folder: Path) -> Iterator[File]:
+    """All files below a folder, its name included. Raises UserError if there is no such folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     for path in sorted(folder.rglob("*")):
-        place = _place(path.relative_to(folder.parent).parts)
-        if place and path.is_file():
-            yield *place, path.name, path.read_bytes
+        if path.is_file():
+            yield path.relative_to(folder.parent).parts, path.read_bytes
 
 
-def in_archive(archive):
-    """The pictures in an open zip archive, read in place: nothing is unpacked to disk.
+def files_in_archive(archive: zipfile.ZipFile) -> Iterator[File]:
+    """All files of a zip archive, to be read in place: nothing is unpacked to the disk.
 
-    Raises UserError if an entry has an absolute path, '..', a link or an absurd size.
+    Raises UserError if an entry has an absolute path, '..' or a huge size, or is a link.
     """
     for entry in sorted(archive.infolist(), key=lambda entry: entry.filename):
         parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
+        problem = None
         if ".." in parts or (parts and (parts[0] == "/" or ":" in parts[0])):
-            raise UserError(f"{archive.filename}: refused, for it has the path {entry.filename!r}")
-        if stat.S_ISLNK(entry.external_attr >> 16):
-            raise UserError(f"{archive.filename}: refused, for {entry.filename!r} is a link")
-        if entry.file_size > MAX_PICTURE:
-            size = entry.file_size / 2**20
-            raise UserError(
-                f"{archive.filename}: refused, {entry.filename!r} unpacks to {size:,.0f} MiB"
-            )
-        place = _place(parts)
-        if place and not entry.is_dir():
-            yield *place, parts[-1], lambda entry=entry: archive.read(entry)
+            problem = "points outside the archive"
+        elif stat.S_ISLNK(entry.external_attr >> 16):
+            problem = "is a link"
+        elif entry.file_size > MAX_ENTRY_BYTES:
+            problem = f"unpacks to {entry.file_size / 2**20:,.0f} MiB"
+        if problem:
+            raise UserError(f"{archive.filename}: refused, {entry.filename!r} {problem}")
+        if not entry.is_dir():
+            yield parts, functools.partial(archive.read, entry)
 
 
-def _place(parts):
-    """(split, label) of a path '.../seg_train/.../<class>/<picture>', or None of any other."""
+def open_archive(path: Path) -> zipfile.ZipFile:
+    """Open a zip archive. Raises UserError."""
+    try:
+        return zipfile.ZipFile(path)
+    except Exception as error:  # damaged archives raise exceptions of any type
+        raise UserError(f"{path}: not a readable zip archive ({utils.one_line(error)})")
+
+
+def download(url: str, path: Path) -> None:
+    """Download the archive, unless it is there and undamaged. Raises UserError."""
+    if path.exists() and _is_intact(path):
+        print(f"{path} is already there")
+        return
+    utils.download(url, path)
+    if not _is_intact(path):
+        path.unlink()
+        raise UserError(f"{url}: not an intact zip archive; try again")
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether `path` is a zip archive in which every entry has the right checksum."""
+    try:
+        with open_archive(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # damaged archives raise exceptions of any type
+        return False
+
+
+# ----------------------------------------------------------------------------------------------
+# images
+
+
+class Images(NamedTuple):
+    """The images of a split."""
+
+    pixels: torch.Tensor  # uint8 (N, 3, 48, 48)
+    labels: torch.Tensor  # int64 (N,)
+    names: tuple[str, ...]  # such as 'train/sea/7.jpg'
+
+
+def split_and_label(parts: tuple[str, ...]) -> tuple[str, int] | None:
+    """('train' or 'test', label) of an image file '.../seg_train/.../<class>/<name>' or
+    '.../seg_test/.../<class>/<name>'; None for other files."""
     split = next((FOLDERS[part] for part in reversed(parts) if part in FOLDERS), None)
-    ending = PurePosixPath(parts[-1]).suffix.lower() if parts else ""
-    if split and len(parts) > 1 and parts[-2] in CLASSES and ending in utils.picture_endings():
+    is_image = PurePosixPath(*parts).suffix.lower() in utils.image_suffixes()
+    if split and is_image and parts[-2] in CLASSES:
         return split, CLASSES.index(parts[-2])
     return None
 
 
-def read_pictures(found):
-    """Read what `in_folder` or `in_archive` found.
-
-    Returns {split: (images uint8 (N, 3, 48, 48), labels int64 (N,), names [N])} and the names of
-    the broken pictures, which are left out.
-    """
+def read_images(files: Iterable[File]) -> dict[str, Images]:
+    """Read the images of each split in FOLDERS. Those that cannot be read are left out, and their
+    names are printed. Raises UserError if a split has none."""
+    images = [(*key, parts[-1], read) for parts, read in files if (key := split_and_label(parts))]
     rows, broken = {split: [] for split in FOLDERS.values()}, []
-    for split, label, name, read in tqdm(list(found), unit="picture", leave=False, disable=None):
+    for split, label, name, read in tqdm(images, unit="image", leave=False, disable=None):
         name = f"{split}/{CLASSES[label]}/{name}"
         try:
-            rows[split].append((utils.read_picture(io.BytesIO(read())), label, name))
+            rows[split].append((utils.read_image(io.BytesIO(read())), label, name))
         except MemoryError:
             raise
-        except Exception:  # what unpacks and decodes damaged files raises whatever it likes
+        except Exception:  # reading damaged entries raises exceptions of any type
             broken.append(name)
-    for split, found in rows.items():
-        if not found:
-            folders = "seg_train/<class>/ and seg_test/<class>/"
-            raise UserError(f"no {split} pictures found; they are looked for in {folders}")
-    return {split: _stack(found) for split, found in rows.items()}, broken
+    for name in broken:
+        print(f"  broken, left out: {name}")
+    if broken:
+        print(f"{len(broken)} broken images left out")
+    splits = {}
+    for folder, split in FOLDERS.items():
+        if not rows[split]:
+            raise UserError(f"no {split} images found; expected in folders {folder}/<class>/")
+        pixels, labels, names = zip(*rows[split])
+        splits[split] = Images(torch.stack(pixels), torch.tensor(labels), names)
+    return splits
 
 
-def _stack(rows):
-    images, labels, names = zip(*rows)
-    return torch.stack(images), torch.tensor(labels), list(names)
-
-
-# ----------------------------------------------------------------------------------------------
-# splitting and auditing
-
-
-def split_validation(labels, seed, share=0.1):
-    """A boolean mask (N,) of ceil(share N) pictures, shared to the classes by largest remainder."""
-    total = math.ceil(share * len(labels))
-    counts = torch.bincount(labels, minlength=len(CLASSES))
-    quotas = counts * total / len(labels)
-    sizes = quotas.floor().long()
-    largest = torch.argsort(quotas - sizes, descending=True, stable=True)
-    sizes[largest[: total - sizes.sum()]] += 1
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    for label, size in enumerate(sizes.tolist()):
-        of_class = (labels == label).nonzero()[:, 0]
-        mask[of_class[torch.randperm(len(of_class), generator=generator)[:size]]] = True
-    return mask
-
-
-def find_duplicates(pictures):
-    """Groups of equal pictures: lists of (split, index), one for each picture that stands twice."""
-    groups = collections.defaultdict(list)
-    for split, (images, _, _) in pictures.items():
-        for index, image in enumerate(images.numpy()):
+def find_duplicates(images: dict[str, Images]) -> list[list[tuple[str, int]]]:
+    """Groups of equal images, each a list of (split, index)."""
+    groups = defaultdict(list)
+    for split, (pixels, _, _) in images.items():
+        for index, image in enumerate(pixels.numpy()):
             groups[hashlib.sha256(image.tobytes()).digest()].append((split, index))
     return [group for group in groups.values() if len(group) > 1]
 
 
-def audit(pictures, groups):
-    """Print, by name, the pictures that stand twice, under two labels, or in training and test.
+def audit(images: dict[str, Images]) -> set[int]:
+    """Print the names of duplicate images.
 
-    Returns the indices of the training pictures to drop: all copies of one that is also a test
-    picture or has two labels, and all but the first copy of any other.
+    Returns the indices of the training images that --drop_duplicates leaves out: all copies of a
+    test image or of an image under two labels, and all but the first copy of others.
     """
-    drop, counts = set(), collections.Counter()
-    for group in groups:
-        labels = {int(pictures[split][1][index]) for split, index in group}
-        training = [index for split, index in group if split == "train"]
-        tested = len(training) < len(group)
-        kind = "in training and test" if tested and training else "twice"
-        kind += ", under two labels" if len(labels) > 1 else ""
+    dropped, counts = set(), Counter()
+    for group in find_duplicates(images):
+        train = [index for split, index in group if split == "train"]
+        is_in_test = len(train) < len(group)
+        has_conflict = len({int(images[split].labels[index]) for split, index in group}) > 1
+        kind = "in training and test" if is_in_test and train else "in one split"
+        kind += ", under two labels" if has_conflict else ""
         counts[kind] += 1
-        print(f"  {kind}: " + " = ".join(pictures[split][2][index] for split, index in group))
-        drop.update(training if tested or len(labels) > 1 else training[1:])
-    print(
-        "Audit: "
-        + ("; ".join(f"{n} {kind}" for kind, n in counts.items()) or "no picture stands twice")
-    )
-    return drop
+        print(f"  {kind}: {' = '.join(images[split].names[index] for split, index in group)}")
+        dropped.update(train if is_in_test or has_conflict else train[1:])
+    kinds = "; ".join(f"{count} {kind}" for kind, count in counts.items())
+    print(f"Duplicate images: {kinds or 'none'}")
+    return dropped
+
+
+# ----------------------------------------------------------------------------------------------
+# splits
+
+
+def split_validation(labels: torch.Tensor, seed: int, fraction: float = 0.1) -> torch.Tensor:
+    """A boolean mask of ceil(fraction N) random images. The classes get numbers proportional to
+    their sizes, rounded by the largest remainder method."""
+    total = math.ceil(fraction * len(labels))
+    quotas = torch.bincount(labels, minlength=len(CLASSES)) * total / len(labels)
+    sizes = quotas.floor().long()
+    by_remainder = torch.argsort(quotas - sizes, descending=True, stable=True)
+    sizes[by_remainder[: total - sizes.sum()]] += 1
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label, size in enumerate(sizes.tolist()):
+        indices = (labels == label).nonzero()[:, 0]
+        mask[indices[torch.randperm(len(indices), generator=generator)[:size]]] = True
+    return mask
+
+
+def write_npz(path: Path, splits: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Write {split: (images (N, 3, 48, 48), labels (N,))} with the course's keys, channels last."""
+    arrays = {}
+    for split, (images, labels) in splits.items():
+        arrays[f"{split}_images"] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        arrays[f"{split}_labels"] = labels.numpy()
+    utils.write_file(path, lambda file: np.savez(file, **arrays))
+
+
+def print_counts(splits: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Print a table of the number of images in each class and split."""
+    columns = [torch.bincount(labels, minlength=len(CLASSES)) for _, labels in splits.values()]
+    rows = dict(zip(CLASSES, torch.stack(columns, 1).tolist()))
+    rows["all"] = [int(column.sum()) for column in columns]
+    print(f"{'':12}" + "".join(f"{split:>8}" for split in splits))
+    for name, counts in rows.items():
+        print(f"{name:12}" + "".join(f"{count:8,}" for count in counts))
 
 
 # ----------------------------------------------------------------------------------------------
 # main
 
 
-def download(url, path):
-    """Fetch `url` to `path` unless a whole archive is there already. Raises UserError."""
-    if path.exists() and _is_whole(path):
-        print(f"{path} is there already")
-        return
-    utils.download(url, path)
-    if not _is_whole(path):
-        path.unlink()
-        raise UserError(f"{url}: what arrived is not a whole zip archive; try again")
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line. Raises UserError."""
+    description = __doc__.rpartition("\n\n")[0]
+    parser = utils.Parser("python -m data.prepare_landscapes", description=description)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--archive", type=Path, help="Kaggle's archive")
+    source.add_argument("--folder", type=Path, help="the unpacked archive")
+    source.add_argument("--download", action="store_true", help="download the archive first")
+    add = parser.add_argument
+    add("--url", default=URL, help="where to download the archive from (default: Kaggle)")
+    output = "the .npz file to write (default: data/intel_landscapes.v2.npz)"
+    add("--output", type=Path, default=OUTPUT, metavar="FILE", help=output)
+    seed = "random seed of the validation split (default: %(default)s)"
+    add("--seed", type=utils.number(int, 0, 2**32 - 1), default=42, help=seed)
+    drop = "leave out training images that are duplicates, have two labels or are in the test set"
+    add("--drop_duplicates", action="store_true", help=drop)
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".npz" or args.output.is_dir():
+        raise UserError(f"--output {args.output}: not a file name that ends in .npz")
+    return args
 
 
-def _is_whole(path):
-    """Whether `path` is a zip archive all of whose members have the right checksum."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # damaged archives raise whatever they like
-        return False
-
-
-def prepare(found, output, seed, drop_duplicates):
-    """Read the pictures `found`, audit them, split off validation and write `output`."""
-    pictures, broken = read_pictures(found)
-    for name in broken:
-        print(f"  broken, left out: {name}")
-    if broken:
-        print(f"{len(broken)} broken pictures left out")
-    drop = audit(pictures, find_duplicates(pictures))
-    images, labels, _ = pictures["train"]
-    if drop_duplicates:
-        keep = torch.tensor([index not in drop for index in range(len(labels))])
-        images, labels = images[keep], labels[keep]
-        print(f"{len(drop)} training pictures left out")
-    valid = split_validation(labels, seed)
-    if valid.all():
-        raise UserError(f"{len(labels)} training pictures are too few to split off validation")
+def prepare(files: Iterable[File], args: argparse.Namespace) -> None:
+    """Read the images, print their duplicates, split off the validation set, write the file."""
+    images = read_images(files)
+    dropped = audit(images)
+    pixels, labels, _ = images["train"]
+    if args.drop_duplicates:
+        kept = torch.tensor([index not in dropped for index in range(len(labels))])
+        pixels, labels = pixels[kept], labels[kept]
+        print(f"{len(dropped)} training images left out")
+    if len(labels) < 2:
+        raise UserError(f"too few training images for a validation set: {len(labels)}")
+    is_val = split_validation(labels, args.seed)
     splits = {
-        "train": (images[~valid], labels[~valid]),
-        "val": (images[valid], labels[valid]),
-        "test": pictures["test"][:2],
+        "train": (pixels[~is_val], labels[~is_val]),
+        "val": (pixels[is_val], labels[is_val]),
+        "test": (images["test"].pixels, images["test"].labels),
     }
-    write_npz(output, splits)
+    write_npz(args.output, splits)
     print_counts(splits)
-    print(f"Wrote {output}")
+    print(f"Wrote {args.output}")
 
 
-def write_npz(path, splits):
-    """Write {split: (images (N, 3, 48, 48), labels)} with the course's keys, channels last."""
-    arrays = {}
-    for split, (images, labels) in splits.items():
-        arrays[f"{split}_images"] = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-        arrays[f"{split}_labels"] = labels.numpy()
-
-    def write(part):
-        with open(part, "wb") as file:  # given a name, savez would add an ending to it
-            np.savez(file, **arrays)
-
-    utils.write_file(path, write)
-
-
-def print_counts(splits):
-    """Print how many pictures of each class each split has."""
-    print(f"{'':12}" + "".join(f"{split:>8}" for split in splits))
-    rows = {
-        split: torch.bincount(labels, minlength=len(CLASSES))
-        for split, (_, labels) in splits.items()
-    }
-    for label, name in enumerate(CLASSES):
-        print(f"{name:12}" + "".join(f"{int(row[label]):8,}" for row in rows.values()))
-    print(f"{'all':12}" + "".join(f"{int(row.sum()):8,}" for row in rows.values()))
-
-
-def main(argv=None):
-    """Do what the command line asks for."""
-    options = parse_options(argv)
-    if options.folder:
-        prepare(in_folder(options.folder), options.output, options.seed, options.drop_duplicates)
+def main(argv: list[str] | None = None) -> None:
+    """Do what the command line says."""
+    args = parse_args(argv)
+    if args.folder:
+        prepare(files_in_folder(args.folder), args)
         return
-    archive = options.archive or options.output.with_name("intel-image-classification.zip")
-    if options.download:
-        download(options.url, archive)
-    try:
-        file = zipfile.ZipFile(archive)
-    except Exception as error:  # damaged archives raise whatever they like
-        raise UserError(f"{archive}: not a readable zip archive ({utils.one_line(error)})")
-    with file:
-        prepare(in_archive(file), options.output, options.seed, options.drop_duplicates)
+    path = args.archive or args.output.with_name("intel-image-classification.zip")
+    if args.download:
+        download(args.url, path)
+    with open_archive(path) as archive:
+        prepare(files_in_archive(archive), args)
 
 
 if __name__ == "__main__":
