@@ -1,0 +1,166 @@
+"""What the reports on both questions share: experiments | statistics | tables | figures."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+SEEDS = (42, 1, 2, 3, 4)
+Record = dict[str, Any]
+Records = dict[str, list[Record]]  # by experiment's label
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in their seeds alone.
+
+    arguments: of the question's script, without the seed but for an ensemble's
+    seeds: how many of SEEDS
+    group: 'report' if the original has it, 'all' if it tests what the original claims, 'beyond' if
+    it goes further than the original
+    data: the name of a folder in data/; None: the default data
+    members: of an ensemble, the label of the experiment whose models it combines
+    """
+
+    label: str
+    arguments: str
+    seeds: int = 3
+    group: str = "report"
+    data: str | None = None
+    members: str | None = None
+
+
+# ----------------------------------------------------------------------------------------------
+# statistics
+
+
+def scored(records: list[Record]) -> list[Record]:
+    """The records of runs that did not diverge."""
+    return [record for record in records if "final" in record]
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    """'mean ± standard deviation' over seeds; the mean alone of one value, a dash for none."""
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def gain(values: Sequence[float], baseline: Sequence[float]) -> str:
+    """'difference of two means ± its standard error' over seeds; without the error if either has
+    one value, a dash if it has none."""
+    if not (values and baseline):
+        return "–"
+    difference = f"{statistics.mean(values) - statistics.mean(baseline):+.3f}"
+    if min(len(values), len(baseline)) == 1:
+        return difference
+    squares = sum(statistics.variance(part) / len(part) for part in (values, baseline))
+    return f"{difference} ± {math.sqrt(squares):.3f}"
+
+
+def interval(
+    resample: Callable[[Record, np.random.Generator], float], records: list[Record]
+) -> tuple[float, float]:
+    """The middle 95 % of a single run's score: resample(record, random) draws the test items of a
+    run that is itself drawn from `records`, the seeds (Efron and Tibshirani 1993, chapter 13)."""
+    random = np.random.default_rng(0)
+    scores = [resample(records[random.integers(len(records))], random) for _ in range(2000)]
+    return tuple(np.percentile(scores, [2.5, 97.5]).tolist())
+
+
+def minutes(record: Record) -> float:
+    """The time that a run's epochs took together."""
+    return sum(record["measured"]["seconds"]) / 60
+
+
+def seconds_per_epoch(record: Record) -> float:
+    """The median over a run's epochs."""
+    return statistics.median(record["measured"]["seconds"])
+
+
+def machines(records: Records) -> str:
+    """The machines and versions that made the records, and how many each."""
+    counts = Counter(
+        f"{'' if m['device'] == 'cpu' else m['device'] + ', '}"
+        f"{m['cores']} cores of an {m['processor']}, {m['threads']} thread"
+        f"{'s' * (m['threads'] > 1)} per run, torch {m['torch']}, Python {m['python']}"
+        for m in (record["measured"] for runs in records.values() for record in runs)
+    )
+    return "; ".join(f"{machine} ({n} run{'s' * (n > 1)})" for machine, n in sorted(counts.items()))
+
+
+# ----------------------------------------------------------------------------------------------
+# tables
+
+
+def markdown_table(head: Sequence[str], rows: list[Sequence], text: int = 1) -> str | None:
+    """A Markdown table, or None without rows. The first `text` columns are aligned to the left, the
+    others, numbers, to the right."""
+    if not rows:
+        return None
+    lines = [head, ["---"] * text + ["--:"] * (len(head) - text), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# figures
+
+
+def legend_above(fig: Figure, axes: Axes, columns: int = 2) -> None:
+    """Put the legend of `axes` above all panels of `fig`, where it hides no curve."""
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+
+
+def with_seeds(label: str, runs: Sequence) -> str:
+    """A label that says over how many seeds."""
+    return f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+
+
+def plot_bands(
+    axes: Axes, runs: list[list[float]], label: str, marker: str | None = None, first: int = 1,
+    **style: Any,
+) -> None:  # fmt: skip
+    """Plot lists of values, one per run, against `first`, `first` + 1, ...: their mean, and a band
+    from the lowest to the highest; runs of unequal length are drawn separately, a cross at the end
+    of those that stopped early. style: the lines' colour and style."""
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if len(set(map(len, runs))) > 1:
+        longest = max(map(len, runs))
+        for run in runs:
+            end = {"marker": "x", "markevery": [-1]} if len(run) < longest else {"marker": marker}
+            axes.plot(range(first, first + len(run)), run, label=label, **end, **style)
+            label = None  # once in the legend
+        return
+    table, steps = np.array(runs), range(first, first + len(runs[0]))
+    axes.plot(steps, table.mean(0), label=label, marker=marker, **style)
+    axes.fill_between(steps, table.min(0), table.max(0), color=style["color"], alpha=0.2, lw=0)
+
+
+def curves(records: list[Record], column: str) -> list[list[float]]:
+    """A column of the histories of the runs that did not diverge in their first epoch."""
+    return [record["history"][column] for record in records if record["history"]]
+
+
+def plot_experiment(
+    axes: Axes, records: list[Record], column: str, label: str, **style: Any
+) -> None:
+    """Plot a column of the history of an experiment's runs, if it has any, over epochs."""
+    if runs := curves(records, column):
+        plot_bands(axes, runs, with_seeds(label, runs), **style)
+
+
+def plot_against_time(
+    axes: Axes, points: dict[str, tuple], styles: dict[str, dict], ensembles: Iterable[str] = ()
+) -> None:
+    """A mark for each run of {label: (minutes, values)}. ensembles: labels that combine seeds."""
+    for (label, (times, values)), marker in zip(points.items(), "osD^vP<>"):
+        style = {"color": styles[label]["color"], "markersize": 6, "alpha": 0.8}
+        name = label if label in ensembles else with_seeds(label, values)
+        axes.plot(times, values, marker, label=name, **style)

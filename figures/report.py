@@ -1,0 +1,332 @@
+"""Write the report, figures/README.md and its figures, from the run records in figures/runs.
+
+    python -m figures.report                             in seconds, without data: the same bytes
+    python -m figures.report --train report              first train the runs without a record
+    python -m figures.report --train beyond --dry_run    list these runs and estimate the hours
+
+options | records | training | writing
+"""
+
+import fnmatch
+import statistics
+import sys
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jinja2
+from tqdm import tqdm
+
+import utils
+from figures import common, report_q2, report_q3
+from figures.common import SEEDS, Experiment, Record, Records, markdown_table, scored
+from utils import UserError
+
+QUESTIONS = {"q2": report_q2, "q3": report_q3}
+GROUPS = {"report": ("report",), "all": ("report", "all"), "beyond": ("beyond",)}
+TEMPLATE = utils.ROOT / "figures" / "template.md"
+NOT_TRAINED = "*(not trained yet)*"
+
+# ----------------------------------------------------------------------------------------------
+# options
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The command line. Raises UserError."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    for name in ("question", "seeds", "only", "dry_run"):
+        if getattr(options, name) != parser.get_default(name) and not options.train:
+            raise UserError(f"--{name} needs --train")
+    return options
+
+
+# fmt: off
+def make_parser() -> utils.Parser:
+    """The parser of the command line."""
+    parser = utils.Parser("python -m figures.report", description=__doc__.rpartition("\n\n")[0])
+    add, number = parser.add_argument, utils.number
+    add("--format", choices=("png", "pdf", "svg"), default="png",
+        help="file format of the figures (default: %(default)s)")
+    add("--output_dir", type=Path, default=utils.ROOT, metavar="DIR",
+        help="where checkpoints/ and figures/ are (default: the repository)")
+    add = parser.add_argument_group("training").add_argument
+    add("--train", choices=GROUPS,
+        help="train the runs without a record: report, the original's experiments; all: also those "
+        "that test its claims; beyond: those that go further")
+    add("--question", choices=QUESTIONS, help="train only experiments of this question")
+    add("--seeds", type=number(int, 1, len(SEEDS)), metavar="N",
+        help="seeds per experiment (default: 2 to 5)")
+    add("--only", default="*", metavar="GLOB",
+        help="train only experiments whose label matches, such as '*pool*'")
+    add("--dry_run", action="store_true",
+        help="only list the commands that would be run and estimate the hours")
+    add("--data_path", type=Path, metavar="FILE",
+        help="question 2's .npz file (default: data/intel_landscapes.v2.npz)")
+    add("--data_dir", type=Path, metavar="DIR", help="question 3's folder (default: data/)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available, else cpu)")
+    add("--threads", type=number(int, 1, 1024), help="CPU threads per run (default: one)")
+    add("--jobs", type=number(int, 1, 1024),
+        help="number of runs at once (default: one per core; on a GPU, one)")
+    add("--scheduler", metavar="ADDRESS",
+        help="send runs to the workers of this Dask scheduler, tcp://HOST:PORT, in place of --jobs")
+    return parser
+# fmt: on
+
+
+# ----------------------------------------------------------------------------------------------
+# records
+
+Job = tuple[Experiment, Namespace]  # a run: the arguments that train it on this machine
+ByName = dict[str, Record]  # records by their runs' names
+
+
+class Dataset(NamedTuple):
+    """What a run's name depends on of its data."""
+
+    name: str
+    fingerprint: str = ""
+
+
+def load_records(folder: Path) -> ByName:
+    """{run's name: record} of all runs in a folder but those on built-in samples. Raises
+    UserError."""
+    records = {path.stem: utils.load_record(path) for path in sorted(folder.glob("*.json"))}
+    return {name: r for name, r in records.items() if r["data"]["name"] != "sample"}
+
+
+def choose_dataset(question: ModuleType, experiment: Experiment, records: ByName) -> Dataset:
+    """The data of an experiment: of those with its name, those of the most records, so that data
+    are not mixed; without a fingerprint if there are no records."""
+    name = experiment.data or question.DATA_NAME
+    counts = Counter(Dataset(**record["data"]) for record in records.values())
+    return max((d for d in counts if d.name == name), key=counts.get, default=Dataset(name))
+
+
+def configurations(question: ModuleType, experiment: Experiment, seeds: int) -> list[Namespace]:
+    """The arguments of an experiment's runs, one for each seed; an ensemble is a single run."""
+    args = question.script.parse_args(experiment.arguments.split())
+    if experiment.members:
+        return [args]
+    return [Namespace(**vars(args) | {"seed": seed}) for seed in SEEDS[:seeds]]
+
+
+def run_names(question: ModuleType, args: Namespace, dataset: Dataset) -> list[str]:
+    """The names of the runs whose record counts as that of these arguments, the preferred first:
+    bfloat16 is slower than float32 on some processors, so either will do."""
+    versions = [args]
+    if is_bfloat16(args):
+        versions.append(Namespace(**vars(args) | {"precision": "float32"}))
+    return [question.script.make_run(version, dataset).name for version in versions]
+
+
+def is_bfloat16(args: Namespace) -> bool:
+    """Whether arguments, those of question 2, ask for bfloat16."""
+    return vars(args).get("precision") == "bfloat16"
+
+
+def is_finished(question: ModuleType, record: Record) -> bool:
+    """Whether a record has all that the report needs."""
+    is_measured = question.is_scored(record) and "analysis" in record
+    return is_measured or "diverged_in_epoch" in record
+
+
+def find_records(question: ModuleType, records: ByName) -> Records:
+    """The finished records of a question's experiments; names the others on stderr."""
+    found, unfinished = {}, {}
+    for experiment in question.EXPERIMENTS:
+        found[experiment.label] = []
+        dataset = choose_dataset(question, experiment, records)
+        for args in configurations(question, experiment, len(SEEDS)):
+            there = [name for name in run_names(question, args, dataset) if name in records]
+            finished = [name for name in there if is_finished(question, records[name])]
+            found[experiment.label] += [records[name] for name in finished[:1]]
+            unfinished |= dict.fromkeys([] if finished else there)
+    for name in unfinished:
+        print(f"{name}: left out, its record lacks scores; --train completes it", file=sys.stderr)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------
+# training
+
+
+def missing_jobs(question: ModuleType, options: Namespace, records: ByName) -> list[Job]:
+    """The runs of the chosen experiments that have no finished record."""
+    jobs = {}
+    for experiment in question.EXPERIMENTS:
+        matches = fnmatch.fnmatchcase(experiment.label, options.only)
+        if not matches or experiment.group not in GROUPS[options.train]:
+            continue
+        dataset = choose_dataset(question, experiment, records)
+        for args in configurations(question, experiment, options.seeds or experiment.seeds):
+            names = run_names(question, args, dataset)
+            if not any(is_finished(question, records.get(name, {})) for name in names):
+                args = adapt(question, experiment, args, options)
+                name = question.script.make_run(args, dataset).name
+                jobs.setdefault(name, (experiment, args))  # two experiments may share a run
+    return list(jobs.values())
+
+
+def adapt(
+    question: ModuleType, experiment: Experiment, args: Namespace, options: Namespace
+) -> Namespace:
+    """The arguments with the command line's folders, device, jobs, ..., and in float32 if bfloat16
+    is slower here."""
+    given = {name: value for name, value in vars(options).items() if name in args}
+    if experiment.data:
+        given["data_dir"] = question.script.DATA_DIR / experiment.data
+    if is_bfloat16(args) and not utils.bfloat16_is_faster():
+        given["precision"] = "float32"
+    return Namespace(**vars(args) | given)
+
+
+def list_jobs(question: ModuleType, jobs: list[Job], found: Records) -> None:
+    """Print the jobs' commands and, by the records found, the hours they take; an ensemble, whose
+    members have jobs of their own, takes none."""
+    seconds = {
+        label: [common.seconds_per_epoch(run) for run in runs if run["history"]]
+        for label, runs in found.items()
+    }
+    every, total = [value for values in seconds.values() for value in values], 0
+    for experiment, args in jobs:
+        run = question.script.make_run(args, Dataset(""))
+        print(run.command + (f" --data_dir data/{experiment.data}" if experiment.data else ""))
+        if every and not experiment.members:
+            total += statistics.median(seconds[experiment.label] or every) * run.epochs
+    hours = f"; about {total / 3600 / utils.cpu_count():.1f} hours on this machine"
+    print(f"{len(jobs)} runs to train{hours if jobs and every else ''}")
+
+
+def train(question: ModuleType, jobs: list[Job], options: Namespace, records: ByName) -> list[str]:
+    """Train runs side by side, those on the same data at once and ensembles last, and analyse
+    them. A run that fails does not stop the others; returns the errors."""
+
+    def is_trained(run, args):
+        record = utils.finished_record(run)
+        return record if question.is_scored(record) else {}
+
+    groups, errors = {}, []
+    for experiment, args in jobs:
+        key = bool(experiment.members), experiment.data or ""
+        groups.setdefault(key, []).append((experiment, args))
+    groups = [group for _, group in sorted(groups.items())]
+    loaded = [load_data(question, group[0], records) for group in groups]  # before any training
+    for group, data in zip(groups, loaded):
+        configs = [args for _, args in group]
+        try:
+            utils.train_side_by_side(question.script, configs, is_trained)
+        except UserError as error:
+            errors.append(str(error))
+        device = utils.prepare_device(options.device, options.threads or 1)
+        for args in tqdm(configs, desc="Analysis", unit="run", disable=None):
+            try:
+                store_analysis(question, args, data, device)
+            except UserError as error:  # its training failed and left no checkpoint
+                errors.append(str(error))
+    return errors
+
+
+def load_data(question: ModuleType, job: Job, records: ByName) -> Any:
+    """The data that a job needs: real, and those of the records, if any. Raises UserError if others
+    are there."""
+    experiment, args = job
+    data, dataset = question.script.load_data(args), choose_dataset(question, experiment, records)
+    if data.name != dataset.name or dataset.fingerprint not in ("", data.fingerprint):
+        kind = "the data of the other records" if dataset.fingerprint else "real data, no sample"
+        how = "data/README.md says how to get them"
+        raise UserError(f"{experiment.label}: its missing runs need {kind}; {how}")
+    return data
+
+
+def store_analysis(question: ModuleType, args: Namespace, data: Any, device: Any) -> None:
+    """Complete the record of a trained run by what only the report measures."""
+    path = question.script.make_run(args, data).record
+    record = utils.load_record(path)
+    if question.is_scored(record) and "analysis" not in record:
+        utils.save_record(path, record | {"analysis": question.analyse(args, data, device)})
+
+
+# ----------------------------------------------------------------------------------------------
+# writing
+
+
+def write_report(folder: Path, figure_format: str) -> None:
+    """Write README.md and its figures into `folder` from the records in its runs/ and trials/."""
+
+    def figure(name, fig, caption):
+        """Save a figure. Returns its Markdown."""
+        if fig is None:
+            return NOT_TRAINED
+        utils.save_figure(folder / f"{name}.{figure_format}", fig)
+        return f"![{caption}]({name}.{figure_format})\n\n*{caption}*"
+
+    def show(value):
+        return NOT_TRAINED if value is None else value
+
+    records = load_records(folder / "runs")
+    fields = {"figure": figure, "machines": common.machines, **QUESTIONS}
+    fields["records"] = {
+        "q2": find_records(report_q2, records),
+        "q3": {label: scored(runs) for label, runs in find_records(report_q3, records).items()},
+    }
+    fields["trials"] = {key: trials_table(key, folder / "trials") for key in QUESTIONS}
+    strict = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
+    template = jinja2.Environment(finalize=show, **strict).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
+    text = template.render(fields)
+    utils.write_file(folder / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def trials_table(key: str, folder: Path) -> str | None:
+    """What a question's trials changed, against the first of them, and their scores. Their options
+    may be gone: the code of the commit has them. They need not have been tested."""
+    question, paths = QUESTIONS[key], folder.glob(f"{key}-*.json")
+    records = sorted(map(utils.load_record, paths), key=lambda r: r["measured"]["date"])
+    defaults = vars(question.script.parse_args([]))
+    arguments = [defaults | r["arguments"] | {"data": r["data"]["name"]} for r in records]
+    scores = [{} if "diverged_in_epoch" in r else question.trial_scores(r) for r in records]
+    columns = max(scores, key=len, default={})
+    rows = [
+        [changes(arguments[0], own) or "–", *(row.get(column, "diverged") for column in columns)]
+        for own, row in zip(arguments, scores)
+    ]
+    for row, record in zip(rows, records):
+        row.append(record["measured"].get("commit") or "–")
+    return markdown_table(["changed", *columns, "commit"], rows)
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What differs in arguments, 'name value' each, by the values of the latter."""
+    texts = {
+        name: " ".join(value) or "none" if isinstance(value, list) else value
+        for name, value in after.items()
+    }
+    names = sorted(before.keys() | after.keys())
+    return ", ".join(f"{n} {texts.get(n)}" for n in names if before.get(n) != after.get(n))
+
+
+def main(argv: list[str] | None = None) -> None:
+    options, errors = parse_args(argv), []
+    folder = options.output_dir / "figures"
+    if options.train:
+        records = load_records(folder / "runs")
+        for key in [options.question] if options.question else QUESTIONS:
+            question = QUESTIONS[key]
+            jobs = missing_jobs(question, options, records)
+            if options.dry_run:
+                list_jobs(question, jobs, find_records(question, records))
+            else:
+                errors += train(question, jobs, options, records)
+    if errors:
+        raise UserError("; ".join(errors))
+    if not options.dry_run:
+        write_report(folder, options.format)
+        print(f"Report: {folder / 'README.md'}")
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,667 @@
+"""The report on question 2.
+
+experiments | analysis | measures of a record | tables | figures
+"""
+
+import functools
+import math
+import statistics
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import hw2_q2 as script
+import utils
+from data import sample
+from figures import common
+from figures.common import Experiment, Record, Records, markdown_table, mean_sd, scored
+
+# ----------------------------------------------------------------------------------------------
+# experiments
+
+DATA_NAME = "photographs"
+SHORT = "-learning_rate 0.01 -epochs 10"
+SHORT_BFLOAT16 = f"{SHORT} -precision bfloat16"
+RECIPE_BEST = "-recipe best -precision bfloat16"
+RECIPE_BEST_20 = f"{RECIPE_BEST} -epochs 20"
+PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
+KEPT = "batch norm + pooling, last batch kept"
+ORIGINAL_10, BEST_20 = "the original's recipe, 10 epochs", "best recipe, 20 epochs"
+BEST, NOT_ERASED = "best recipe", "best recipe without erasing"
+RESNET_20, BEST_RESNET = "residual network, 20 epochs", "residual network"
+UNSMOOTHED = "without label smoothing"
+ADDED = {  # to the original's recipe
+    "with momentum": "-momentum 0.9",
+    "with one cycle": "-schedule one_cycle",
+    "with batch size 64, rate 0.08": "-batch_size 64 -learning_rate 0.08",
+    "with weight decay": "-l2_decay 0.0005",
+    "with label smoothing": "-label_smoothing 0.1",
+    "with flips": "-augment flip",
+    "with crops": "-augment crop",
+    "with erasing": "-augment erase",
+}
+LEFT_OUT = {  # of the best recipe
+    "without momentum": "-momentum 0",
+    "without one cycle (rate 0.02)": "-schedule constant -learning_rate 0.02",
+    "without batch size 64 (8, rate 0.0125)": "-batch_size 8 -learning_rate 0.0125",
+    "without weight decay": "-l2_decay 0",
+    UNSMOOTHED: "-label_smoothing 0",
+    "without flips": "-augment crop erase",
+    "without crops": "-augment flip erase",
+    "without erasing": "-augment flip crop",
+}
+EXPERIMENTS = (
+    Experiment("plain, rate 0.1", "-no_batch_norm -learning_rate 0.1"),
+    Experiment(PLAIN, "-no_batch_norm -learning_rate 0.01"),
+    Experiment("plain, rate 0.001", "-no_batch_norm -learning_rate 0.001"),
+    Experiment(VARIANT, "-learning_rate 0.01"),
+    Experiment("plain, scrambled", "-no_batch_norm -scramble_pixels", 2),
+    Experiment("batch norm + pooling, scrambled", "-scramble_pixels", 2),
+    Experiment(KEPT, "-last_batch keep", 3, "all"),
+    Experiment("batch norm, flattened", "-head flatten", 2, "all"),
+    Experiment("pooling without batch norm", "-no_batch_norm -head gap", 2, "all"),
+    Experiment("plain, dropout 0.3", "-no_batch_norm -dropout 0.3", 2, "all"),
+    Experiment("plain, weight decay 0.0005", "-no_batch_norm -l2_decay 0.0005", 2, "all"),
+    Experiment("kernels 3x3, max pooling", SHORT, 2, "all"),
+    Experiment("kernels 5x5", f"{SHORT} -kernel_size 5", 2, "all"),
+    Experiment("kernels 7x7", f"{SHORT} -kernel_size 7", 2, "all"),
+    Experiment("two 3x3 per block", f"{SHORT} -convs 2", 2, "all"),
+    Experiment("one 48x48", f"{SHORT} -kernel_size 48", 2, "all"),
+    Experiment("average pooling", f"{SHORT} -pool avg", 2, "all"),
+    Experiment("strided convolutions", f"{SHORT} -pool stride", 2, "all"),
+    Experiment("no pooling", f"{SHORT} -pool none", 2, "all"),
+    Experiment(ORIGINAL_10, SHORT_BFLOAT16, 3, "beyond"),
+    *(Experiment(name, f"{SHORT_BFLOAT16} {more}", 3, "beyond") for name, more in ADDED.items()),
+    Experiment(BEST, RECIPE_BEST, 5, "beyond"),
+    Experiment(NOT_ERASED, f"{RECIPE_BEST} -augment flip crop", 5, "beyond"),
+    Experiment(RESNET_20, f"{RECIPE_BEST_20} -augment flip crop -model resnet", 3, "beyond"),
+    Experiment(BEST_RESNET, f"{RECIPE_BEST} -model resnet", 3, "beyond"),
+    Experiment(BEST_20, RECIPE_BEST_20, 3, "beyond"),
+    *(Experiment(name, f"{RECIPE_BEST_20} {more}", 3, "beyond") for name, more in LEFT_OUT.items()),
+)
+ORIGINAL = {  # its validation and test accuracies
+    "plain, rate 0.1": (0.5684, 0.5743),
+    PLAIN: (0.7293, 0.6970),
+    "plain, rate 0.001": (0.5798, 0.5743),
+    VARIANT: (0.7528, 0.7460),
+    "plain, scrambled": (0.7293, 0.6970),
+    "batch norm + pooling, scrambled": (0.7528, 0.7460),
+}
+NETWORKS = {
+    "Plain network": {"batch_norm": False, "head": "flatten"},
+    "Batch norm + global average pooling": {"batch_norm": True, "head": "gap"},
+}
+# The original counts the parameters of all layers but the output layer and the last batch norm.
+ORIGINAL_LAYERS = 896, 18_496, 73_856, 64, 128, 256, 132_096, 4_719_616, 524_800
+ORIGINAL_TOTALS = dict(zip(NETWORKS, (5_340_160, 752_640)))
+RATES = "plain, rate 0.1", PLAIN, "plain, rate 0.001"
+SCRAMBLED = "plain, scrambled", PLAIN, "batch norm + pooling, scrambled", VARIANT
+CHANGES = PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
+REGULARISED = PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", *CHANGES[1:]
+KERNELS = "kernels 3x3, max pooling", "kernels 5x5", "kernels 7x7", "two 3x3 per block", "one 48x48"
+POOLS = "kernels 3x3, max pooling", "average pooling", "strided convolutions", "no pooling"
+SHIFTED = PLAIN, "pooling without batch norm", VARIANT
+MAIN_RESULTS = VARIANT, BEST_20, NOT_ERASED, BEST, RESNET_20, BEST_RESNET
+LINE_STYLES = {  # of an experiment, the same in every figure
+    "plain, rate 0.1": {"color": utils.ORANGE},
+    PLAIN: {"color": utils.BLUE},
+    "plain, rate 0.001": {"color": utils.SKY, "linestyle": "--"},
+    VARIANT: {"color": utils.VERMILION},
+    KEPT: {"color": "0.4", "linestyle": "--"},
+    "plain, scrambled": {"color": utils.BLUE, "linestyle": "--"},
+    "batch norm + pooling, scrambled": {"color": utils.VERMILION, "linestyle": "--"},
+    "batch norm, flattened": {"color": utils.GREEN, "linestyle": "-."},
+    "pooling without batch norm": {"color": utils.PURPLE, "linestyle": ":"},
+    "kernels 3x3, max pooling": {"color": utils.VERMILION},
+    "average pooling": {"color": utils.ORANGE, "linestyle": "--"},
+    "strided convolutions": {"color": utils.SKY, "linestyle": "-."},
+    "no pooling": {"color": "0.4", "linestyle": ":"},
+    BEST_20: {"color": utils.SKY},
+    BEST: {"color": utils.BLUE},
+    NOT_ERASED: {"color": utils.PURPLE},
+    RESNET_20: {"color": utils.ORANGE},
+    BEST_RESNET: {"color": utils.GREEN},
+    UNSMOOTHED: {"color": utils.ORANGE, "linestyle": "--"},
+}
+
+
+def is_scored(record: Record) -> bool:
+    """Whether a record has the final scores that the report compares."""
+    return "final" in record
+
+
+# ----------------------------------------------------------------------------------------------
+# analysis: what only the report measures of a finished network
+
+MAX_SHIFT = 4  # pixels
+SIZES = 32, 48, 64, 96  # pixels
+
+
+def analyse(args: Namespace, data: utils.Landscapes, device: torch.device) -> dict[str, Any]:
+    """Measure the finished network of these arguments, all without test-time augmentation but for
+    its calibration.
+
+    Returns classification_metrics of the training images under 'train', calibration_metrics,
+    and, if the pixels are in order, 'shifted' and, of networks that take images of any size,
+    'sizes': the accuracies on shifted and on resized test images.
+    """
+    run = script.make_run(args, data)
+    model, args, _ = script.load_network(run.checkpoint, device)
+    training, test = (
+        script.to_device(*data.splits[split], device, args) for split in ("train", "test")
+    )
+    log_probs = script.predict(model, test[0], args.tta)
+    analysis = {"train": script.evaluate(model, *training)}
+    analysis |= calibration_metrics(log_probs, test[1].cpu(), label_conflicts(test, training))
+    if args.pixels == "ordered":
+        analysis["shifted"] = shifted_accuracies(model, *test)
+        if args.head == "gap" and args.kernel_size != utils.SIZE:
+            analysis["sizes"] = size_accuracies(model, *test)
+    return analysis
+
+
+def label_conflicts(test: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor]) -> Tensor:
+    """Which test images (N,) also occur among the training images with another label. Both:
+    images uint8 (N, 3, 48, 48) and labels (N,)."""
+    indices = {}  # of each test image's bytes
+    for i, image in enumerate(test[0].cpu().numpy()):
+        indices.setdefault(image.tobytes(), []).append(i)
+    conflicts, labels = torch.zeros(len(test[1]), dtype=torch.bool), test[1].tolist()
+    for image, label in zip(training[0].cpu().numpy(), training[1].tolist()):
+        for i in indices.get(image.tobytes(), ()):
+            conflicts[i] |= label != labels[i]
+    return conflicts
+
+
+def calibration_metrics(
+    log_probs: Tensor, labels: Tensor, conflicts: Tensor, bins: int = 10, threshold: float = 0.9
+) -> dict[str, list]:
+    """How well the probability of the predicted class is calibrated (Guo et al. 2017, section 2).
+
+    log_probs: (N, 6), labels: (N,), conflicts: bool (N,), all on the CPU. Returns
+    'calibration': for each bin of that probability [images, mean probability, accuracy];
+    'confident': the confusion matrix of the predictions with at least the threshold's probability;
+    'label_conflicts': the numbers of [conflicts, errors among them, confident errors among them].
+    """
+    probabilities, predicted = log_probs.exp().max(1)
+    correct, indices = (predicted == labels).float(), (probabilities * bins).long()
+    calibration = []
+    for i in range(bins):
+        inside = indices.clamp(max=bins - 1) == i
+        means = [
+            x[inside].mean().item() if inside.any() else None for x in (probabilities, correct)
+        ]
+        calibration.append([inside.sum().item(), *means])
+    confident, errors = probabilities >= threshold, conflicts & (predicted != labels)
+    return {
+        "calibration": calibration,
+        "confident": script.confusion_matrix(log_probs[confident], labels[confident]).tolist(),
+        "label_conflicts": [x.sum().item() for x in (conflicts, errors, errors & confident)],
+    }
+
+
+def shifted_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
+    """Accuracies on images shifted by 0, 1, ... MAX_SHIFT pixels, each the mean over up, down, left
+    and right."""
+    accuracies = [script.evaluate(model, images, labels)["accuracy"]]
+    for distance in range(1, MAX_SHIFT + 1):
+        scores = [
+            script.evaluate(model, script.shift_images(images, dimension, step), labels)["accuracy"]
+            for step in (-distance, distance)
+            for dimension in (2, 3)
+        ]
+        accuracies.append(sum(scores) / len(scores))
+    return accuracies
+
+
+def size_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """{size: accuracy} on images resized to size x size pixels, antialiased, for all SIZES."""
+    accuracies = {}
+    for size in SIZES:
+        resize = {"size": (size, size), "mode": "bilinear", "antialias": True}
+        correct = 0
+        for x, y in zip(images.split(16), labels.cpu().split(16)):  # feature maps may be large
+            resized = F.interpolate(x.float(), **resize).round()
+            correct += (script.predict(model, resized).argmax(1) == y).sum().item()
+        accuracies[str(size)] = correct / len(labels)
+    return accuracies
+
+
+# ----------------------------------------------------------------------------------------------
+# measures of a record
+
+
+def accuracy(record: Record, split: str) -> float:
+    """The finished network's accuracy."""
+    scores = record["analysis"] if split == "train" else record["final"]
+    return scores[split]["accuracy"]
+
+
+def accuracy_without_tta(record: Record, split: str = "test") -> float:
+    """The finished network's accuracy without test-time augmentation."""
+    scores = record["final"][split]
+    return scores.get("accuracy_without_tta", scores["accuracy"])
+
+
+def accuracy_gap(record: Record) -> float:
+    """How much training accuracy exceeds validation accuracy."""
+    return accuracy(record, "train") - accuracy(record, "val")
+
+
+def late_epoch_accuracy(record: Record) -> float:
+    """Mean validation accuracy over the late epochs: the last quarter, but at least five."""
+    values = record["history"]["val_accuracy"]
+    return statistics.mean(values[-max(5, math.ceil(len(values) / 4)) :])
+
+
+def first_epoch(record: Record) -> int | None:
+    """The first epoch with a validation accuracy of .75, or None."""
+    values = record["history"]["val_accuracy"]
+    return next((epoch for epoch, value in enumerate(values, 1) if value >= 0.75), None)
+
+
+def recalls(record: Record) -> dict[str, float]:
+    """The recall of each class on the test images."""
+    confusion = record["final"]["test"]["confusion"]
+    return {name: row[i] / sum(row) for i, (name, row) in enumerate(zip(utils.CLASSES, confusion))}
+
+
+def shifted(record: Record) -> dict[str, float]:
+    """Test accuracies on images shifted by 0, 1, ... pixels; the first records have none."""
+    return {f"{i} pixels": value for i, value in enumerate(record["analysis"].get("shifted", []))}
+
+
+def resized(record: Record) -> dict[str, float]:
+    """Test accuracies of pooled networks on images of other sizes than in training."""
+    return {f"{size} pixels": value for size, value in record["analysis"]["sizes"].items()}
+
+
+def calibration_error(record: Record) -> float:
+    """The expected calibration error: the mean distance of probability and accuracy over the test
+    images (Guo et al. 2017, section 2)."""
+    rows = [row for row in record["analysis"]["calibration"] if row[0]]
+    return sum(n * abs(p - correct) for n, p, correct in rows) / sum(n for n, _, _ in rows)
+
+
+def resample_accuracy(record: Record, random: np.random.Generator, split: str) -> float:
+    """The accuracy on as many images of a split, drawn from them with replacement."""
+    confusion = torch.tensor(record["final"][split]["confusion"])
+    count = int(confusion.sum())
+    return random.binomial(count, int(confusion.trace()) / count) / count
+
+
+def receptive_field(model: nn.Module) -> int:
+    """The width, in pixels, that a position of the last convolution's feature map depends on."""
+    field, stride = 1, 1
+    for block in model.convs:
+        field += (block.conv.kernel_size[0] - 1) * stride
+        stride *= block.conv.stride[0]
+        if isinstance(block.pool, (nn.MaxPool2d, nn.AvgPool2d)) and block is not model.convs[-1]:
+            field += stride
+            stride *= 2
+    return field
+
+
+def multiply_adds(model: nn.Module) -> int:
+    """The multiply-adds of one image's forward pass."""
+    total, layers = 0, dict(model.named_modules())
+    for name, shape, _, _ in script.parameter_table(model):
+        if isinstance(layers[name], nn.Conv2d):
+            total += layers[name].weight[0].numel() * math.prod(shape)
+        elif isinstance(layers[name], nn.Linear):
+            total += layers[name].weight.numel()
+    return total
+
+
+# ----------------------------------------------------------------------------------------------
+# tables: Markdown, None without runs
+
+LATE, NO_TTA = "validation, late epochs", "test, without test-time augmentation"
+EPOCH, SECONDS = "first epoch at .75, per run", "median seconds per epoch, per run"
+FIELD, PRODUCTS = "receptive field", "multiply-adds (millions)"
+MEASURES = {  # columns of means and standard deviations
+    "training": functools.partial(accuracy, split="train"),
+    "validation": functools.partial(accuracy, split="val"),
+    "test": functools.partial(accuracy, split="test"),
+    "training - validation": accuracy_gap,
+    NO_TTA: accuracy_without_tta,
+    LATE: late_epoch_accuracy,
+}
+GAP_COLUMNS = "training", "validation", "test", "training - validation", LATE, "runs"
+SIZE_COLUMNS = "parameters", PRODUCTS, LATE, EPOCH, SECONDS
+KERNEL_COLUMNS = (
+    FIELD, "parameters", PRODUCTS, SECONDS, LATE, "test", "training - validation", "runs",
+)  # fmt: skip
+MAIN_COLUMNS = "parameters", "minutes of training", "validation", "test", NO_TTA, "runs"
+
+
+def values_of(column: str, records: list[Record]) -> list[float]:
+    """One of MEASURES of the runs that did not diverge."""
+    return list(map(MEASURES[column], scored(records)))
+
+
+def cell(column: str, runs: list[Record]) -> str:
+    """What a column of a table says of an experiment's runs."""
+    if column in MEASURES:
+        return mean_sd(values_of(column, runs))
+    if column == "parameters":
+        return f"{runs[0]['parameters']:,}"
+    if column == "minutes of training":
+        return f"{statistics.mean(map(common.minutes, runs)):.1f}"
+    if column in (FIELD, PRODUCTS):
+        model = script.build_model(script.parse_args(runs[0]["command"].split()[2:]))
+        field, products = receptive_field(model), multiply_adds(model)
+        return f"{field} x {field}" if column == FIELD else f"{products / 1e6:.1f}"
+    if column == EPOCH:
+        return ", ".join(str(first_epoch(run) or "never") for run in runs)
+    if column == SECONDS:
+        return ", ".join(f"{common.seconds_per_epoch(run):.0f}" for run in runs)
+    if column == "runs":
+        return str(len(runs))
+    raise ValueError(f"no column {column!r}")
+
+
+def table(records: Records, labels: Iterable[str], columns: Iterable[str]) -> str | None:
+    """A row for each experiment with runs that did not diverge."""
+    rows = [
+        [label, *(cell(column, runs) for column in columns)]
+        for label in labels
+        if (runs := scored(records[label]))
+    ]
+    return markdown_table(["network", *columns], rows)
+
+
+def accuracy_table(records: Records, labels: Iterable[str]) -> str | None:
+    """The original's accuracies, this report's, and whether the original's are inside the interval
+    of single runs; without an interval if a run diverged, for the others are a biased sample."""
+    rows = []
+    for label in labels:
+        runs, diverged = scored(records[label]), len(records[label]) - len(scored(records[label]))
+        if not runs:
+            continue
+        means, intervals, inside = [], [], []
+        for split, original in zip(("val", "test"), ORIGINAL[label]):
+            means.append(mean_sd([accuracy(run, split) for run in runs]))
+            resample = functools.partial(resample_accuracy, split=split)
+            low, high = common.interval(resample, runs)
+            intervals.append("–" if diverged else f"{low:.3f} to {high:.3f}")
+            inside.append("–" if diverged else "yes" if low <= original <= high else "no")
+        originals = " / ".join(f"{value:.4f}" for value in ORIGINAL[label])
+        count = f"{len(runs)}" + (f" (+ {diverged} diverged)" if diverged else "")
+        row = label, originals, " / ".join(means), cell(LATE, runs), count
+        rows.append([*row, " / ".join(intervals), " / ".join(inside)])
+    head = "network", "original: validation / test", "this report, last epoch: validation / test"
+    head += LATE, "runs", "95 % of single runs: validation / test"
+    return markdown_table((*head, "original inside? validation / test"), rows)
+
+
+def gains_table(records: Records, base: str, labels: Iterable[str]) -> str | None:
+    """Accuracies of an experiment, and what others, each with one ingredient more or less, gain."""
+    rows, columns = [], (LATE, "validation", "test")
+    for label in (base, *labels):
+        if runs := scored(records[label]):
+            cells = []
+            for column in columns:
+                values, baseline = values_of(column, runs), values_of(column, records[base])
+                cells += [mean_sd(values), "" if label == base else common.gain(values, baseline)]
+            rows.append([label, *cells, len(runs)])
+    head = [name for column in columns for name in (column, "gain")]
+    return markdown_table(["recipe", *head, "runs"], rows)
+
+
+def vector_table(
+    records: Records, labels: Iterable[str], measure: Callable[[Record], dict[str, float]]
+) -> str | None:
+    """The means over runs of a measure that gives several numbers, {column: number}."""
+    rows, head = [], ()
+    for label in labels:
+        if runs := list(filter(None, map(measure, scored(records[label])))):
+            rows.append([label, *(mean_sd([run[c] for run in runs]) for c in runs[0]), len(runs)])
+            head = "network", *runs[0], "runs"
+    return markdown_table(head, rows)
+
+
+def totals_table() -> str:
+    """How the original came to its two totals of parameters: without the output layer, and, of the
+    plain network, with the batch norms that only the other network has."""
+    counts, norms, rows = {}, {}, []
+    for title, shape in NETWORKS.items():
+        counts[title] = {name: n for name, _, _, n in script.parameter_table(script.CNN(**shape))}
+        norms[title] = sum(n for name, n in counts[title].items() if "norm" in name)
+    for title, layers in counts.items():
+        total, output = sum(layers.values()), layers["fc3"]
+        absent = max(norms.values()) - norms[title]
+        numbers = total, -output, absent, total - output + absent, ORIGINAL_TOTALS[title]
+        rows.append([title, *(f"{number:,}" for number in numbers)])
+    head = "network", "trainable parameters", "output layer", "batch norm that it does not have"
+    return markdown_table((*head, "sum", "original"), rows)
+
+
+def parameters_table(title: str) -> str:
+    """The parameters of one of NETWORKS, layer by layer."""
+    model = script.CNN(**NETWORKS[title])
+    original = {count: f"{count:,}" for count in ORIGINAL_LAYERS}
+    rows = [
+        (name, " x ".join(map(str, shape)), formula, f"{count:,}", original.get(count, "–"))
+        for name, shape, formula, count in script.parameter_table(model)
+    ]
+    totals = f"**{utils.count_parameters(model):,}**", f"**{ORIGINAL_TOTALS[title]:,}**"
+    rows.append(("**all**", "", "", *totals))
+    return markdown_table(["layer", "output shape", "formula", "parameters", "original"], rows)
+
+
+def mean_errors(runs: list[Record]) -> tuple[Tensor, Tensor]:
+    """The mean over runs of the test images' confusion matrix without its diagonal, and of that of
+    confident predictions."""
+    every = torch.tensor([run["final"]["test"]["confusion"] for run in runs]).float()
+    confident = torch.tensor([run["analysis"]["confident"] for run in runs]).float()
+    return every.mean(0).fill_diagonal_(0), confident.mean(0).fill_diagonal_(0)
+
+
+def errors_table(records: list[Record], rows_shown: int = 8) -> str | None:
+    """The pairs of classes that are confused most often, and how often confidently."""
+    if not (runs := scored(records)):
+        return None
+    every, confident = mean_errors(runs)
+    rows = []
+    for i in every.flatten().argsort(descending=True, stable=True)[:rows_shown].tolist():
+        true, guess = divmod(i, len(utils.CLASSES))
+        counts = f"{every[true, guess]:.1f}", f"{confident[true, guess]:.1f}"
+        rows.append([utils.CLASSES[true], utils.CLASSES[guess], *counts])
+    head = "true class", "predicted", "test images", "with a probability of at least .9"
+    return markdown_table(head, rows, text=2)
+
+
+def count_errors(records: list[Record]) -> str | None:
+    """The numbers of errors, of confident ones, and of those by conflicting labels, as text."""
+    if not (runs := scored(records)):
+        return None
+    every, confident = (errors.sum() for errors in mean_errors(runs))
+    conflicts = (run["analysis"]["label_conflicts"] for run in runs)
+    count, wrong, certain = (statistics.mean(column) for column in zip(*conflicts))
+    return (
+        f"Of {every:.1f} errors (mean over seeds) {confident:.1f} are made with a probability of "
+        f"at least .9. {count:g} test images also occur among the training images with another "
+        f"label. They cause {wrong:.1f} errors ({wrong / every if every else 0:.1%} of all), "
+        f"{certain:.1f} of them with such a probability."
+    )
+
+
+def trial_scores(record: Record) -> dict[str, str]:
+    """The scores by which a trial is compared."""
+    return {
+        "validation, without test-time augmentation": f"{accuracy_without_tta(record, 'val'):.3f}",
+        "with test-time augmentation": f"{accuracy(record, 'val'):.3f}",
+        "loss (nats)": f"{record['final']['val']['loss']:.3f}",
+        "training": f"{accuracy(record, 'train'):.3f}",
+        "minutes": f"{common.minutes(record):.1f}",
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# figures, None without runs
+
+
+def draw_curves(records: Records, labels: Iterable[str], *columns: str) -> Figure | None:
+    """A panel over epochs for each of these columns of the history."""
+    titles = {"train_loss": "Training loss (nats)", "val_accuracy": "Validation accuracy"}
+    rows = len(columns)
+    fig, panels = utils.new_figure(5.0, 0.6 + 2.3 * rows, rows, 1, sharex=True, squeeze=False)
+    for axes, column in zip(panels[:, 0], columns):
+        for label in labels:
+            common.plot_experiment(axes, records[label], column, label, **LINE_STYLES[label])
+        axes.set(ylabel=titles[column])
+        if column == "train_loss":  # a run that diverges would leave the others no room
+            axes.set_ylim(0, 2)
+    axes.set(xlabel="Epoch")
+    common.legend_above(fig, panels[0][0], 1 if KEPT in labels else 2)  # its name is long
+    return fig if axes.lines else None
+
+
+def draw_size(records: Records) -> Figure | None:
+    """Accuracy, convergence and time of the plain network, the variant and each change alone,
+    against their parameters; a mark per run."""
+    titles = "Validation accuracy,\nlate epochs", "First epoch at .75", "Seconds per epoch"
+    measures = late_epoch_accuracy, first_epoch, common.seconds_per_epoch
+    fig, panels = utils.new_figure(5.0, 6.0, 3, 1, sharex=True)
+    labels = [label for label in CHANGES if scored(records[label])]
+    for axes, measure, title in zip(panels, measures, titles):
+        for label, marker in zip(labels, "osD^"):
+            runs = scored(records[label])
+            values = [math.nan if (x := measure(run)) is None else x for run in runs]
+            sizes = [run["parameters"] / 1e6 for run in runs]
+            style = {"color": LINE_STYLES[label]["color"], "markersize": 5, "alpha": 0.8}
+            axes.plot(sizes, values, marker, label=common.with_seeds(label, runs), **style)
+        axes.set(ylabel=title, xlim=(0, 6))
+    panels[1].set_ylim(0, None)
+    panels[2].set_ylim(0, None)
+    panels[2].set(xlabel="Parameters (millions)")
+    common.legend_above(fig, panels[0])
+    return fig if labels else None
+
+
+def draw_overfitting(records: Records) -> Figure | None:
+    """Training and validation accuracy of the plain network, regularised or not, and the
+    variant."""
+    labels = [label for label in REGULARISED if common.curves(records[label], "val_accuracy")]
+    if not labels:
+        return None
+    rows = math.ceil(len(labels) / 2)
+    fig, panels = utils.new_figure(5.0, 0.6 + 1.9 * rows, rows, 2, sharey=True, squeeze=False)
+    for axes in panels.flat[len(labels) :]:
+        axes.axis("off")
+    for axes, label in zip(panels.flat, labels):
+        training, validation = (
+            common.curves(records[label], column) for column in ("train_accuracy", "val_accuracy")
+        )
+        common.plot_bands(axes, training, "training", color=utils.VERMILION, linestyle="--")
+        common.plot_bands(axes, validation, "validation", color=utils.BLUE, linestyle="-")
+        axes.set_title(
+            common.with_seeds(label, training).replace(" (", "\n(")
+        )  # or neighbours touch
+    fig.supxlabel("Epoch", fontsize=9)
+    fig.supylabel("Accuracy", fontsize=9)
+    common.legend_above(fig, panels[0][0])
+    return fig
+
+
+def draw_shifted(records: Records) -> Figure | None:
+    """The change of test accuracy as the images are shifted."""
+    titles = "after 40 epochs", "after 10 epochs, batch norm and global average pooling"
+    fig, panels = utils.new_figure(5.0, 6.0, 2, 1, sharex=True, sharey=True)
+    for axes, labels, title in zip(panels, (SHIFTED, POOLS), titles):
+        for label in labels:
+            runs = [list(shifted(run).values()) for run in scored(records[label])]
+            if changes := [[x - run[0] for x in run] for run in runs if run]:
+                name = common.with_seeds(label, changes)
+                common.plot_bands(axes, changes, name, ".", first=0, **LINE_STYLES[label])
+        axes.set(title=title, ylabel="Change of test accuracy")
+        if axes.lines:
+            axes.legend()
+    panels[1].set(xlabel="Shift of the test images (pixels)")
+    return fig if any(axes.lines for axes in panels) else None
+
+
+def draw_scrambled(records: Records) -> Figure:
+    """An image as it is and as the course's loader passed it on; accuracies with both."""
+    fig, grid = utils.new_figure(5.0, 5.2, 2, 2, height_ratios=(1, 1.5))
+    image = torch.from_numpy(sample.draw_landscape("mountain", np.random.default_rng(1)))
+    scrambled = script.scramble_pixels(image.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
+    for axes, pixels, title in zip(grid[0], (image, scrambled), ("an image", "scrambled")):
+        axes.imshow(pixels.numpy(), interpolation="nearest")
+        axes.set_title(title)
+        axes.axis("off")
+    below = fig.add_subplot(grid[1, 0].get_gridspec()[1, :])
+    for axes in grid[1]:
+        axes.remove()
+    for label in SCRAMBLED:
+        style = LINE_STYLES[label]
+        common.plot_experiment(below, records[label], "val_accuracy", label, **style)
+    below.set(xlabel="Epoch", ylabel="Validation accuracy")
+    common.legend_above(fig, below)
+    return fig
+
+
+def draw_running_mean(records: list[Record]) -> Figure | None:
+    """Each epoch's training loss, and the mean since the first epoch, which the original plots."""
+    losses = common.curves(records, "train_loss")
+    if not losses:
+        return None
+    fig, axes = utils.new_figure()
+    running = [(np.cumsum(run) / np.arange(1, len(run) + 1)).tolist() for run in losses]
+    style = {"color": utils.VERMILION, "linestyle": "--"}
+    common.plot_bands(axes, running, "mean since the first epoch (original)", **style)
+    common.plot_bands(axes, losses, "mean of each epoch", color=utils.BLUE)
+    axes.set(xlabel="Epoch", ylabel="Training loss (nats)", ylim=(0, None))
+    axes.legend()
+    return fig
+
+
+def draw_main_results(records: Records) -> Figure | None:
+    """Test accuracy against training time, a mark per run, and the original's best accuracy."""
+    points = {
+        label: (list(map(common.minutes, runs)), [accuracy(run, "test") for run in runs])
+        for label in MAIN_RESULTS
+        if (runs := scored(records[label]))
+    }
+    fig, axes = utils.new_figure(5.0, 3.6)
+    common.plot_against_time(axes, points, LINE_STYLES)
+    original = ORIGINAL[VARIANT][1]
+    axes.axhline(original, color="0.4", linestyle="--", label=f"original, {original:.4f}")
+    axes.set(xlabel="Training time (minutes)", ylabel="Test accuracy")
+    axes.set_xlim(0, None)
+    common.legend_above(fig, axes)
+    return fig if points else None
+
+
+def draw_calibration(records: Records) -> Figure | None:
+    """Accuracy against the probability of the predicted class."""
+    names = {UNSMOOTHED: UNSMOOTHED, BEST_20: "with label smoothing"}
+    names = {label: name for label, name in names.items() if scored(records[label])}
+    fig, axes = utils.new_figure(4.2, 3.6)
+    axes.plot([0.2, 1], [0.2, 1], color="0.6", linestyle=":", label="perfect calibration")
+    for label, name in names.items():
+        runs = scored(records[label])
+        bins = zip(*(run["analysis"]["calibration"] for run in runs))
+        means = [mean for rows in bins if (mean := mean_of_bin(rows))]
+        error = statistics.mean(map(calibration_error, runs))
+        name = f"{common.with_seeds(name, runs)}, calibration error {error:.3f}"
+        axes.plot(*zip(*means), marker="o", markersize=4, label=name, **LINE_STYLES[label])
+    axes.set(xlabel="Probability of the predicted class", ylabel="Accuracy")
+    common.legend_above(fig, axes, 1)
+    return fig if names else None
+
+
+def mean_of_bin(rows: Iterable[list], fewest: int = 20) -> tuple[float, float] | None:
+    """(mean probability, accuracy) of a bin over runs; None with fewer than `fewest` images."""
+    rows = [row for row in rows if row[0]]
+    count = sum(row[0] for row in rows)
+    if count < fewest:
+        return None
+    return tuple(sum(row[0] * row[i] for row in rows) / count for i in (1, 2))

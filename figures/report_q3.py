@@ -1,0 +1,419 @@
+"""The report on question 3.
+
+experiments | analysis | measures of a record | tables | figures
+"""
+
+import functools
+import math
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from rapidfuzz.distance import Levenshtein
+
+import hw2_q3 as script
+import utils
+from figures import common
+from figures.common import Experiment, Record, Records, markdown_table, mean_sd
+
+# ----------------------------------------------------------------------------------------------
+# experiments
+
+DATA_NAME = "pronunciations"
+P, K, BEAM_SIZE = 0.8, 3, 5  # by which all runs are scored
+DECODINGS = {"greedy": "greedy", "nucleus": f"nucleus, p = {P}", "beam": f"beam of {BEAM_SIZE}"}
+DECODING = f"--nucleus --beam_size {BEAM_SIZE}"
+PLAIN, ATTENTION = "no attention", "attention"
+TRAINED_BETTER, G2P = "attention, trained better", "pronunciation (g2p)"
+BEST, ENSEMBLE = "best recipe", "best recipe, ensemble of five"
+ALL, ALL_ENSEMBLE = "all of WikiPron", "all of WikiPron, ensemble of three"
+STEPS = {  # from the original's model with attention to the best recipe, each with those before it
+    "+ one cycle, 30 epochs": "--schedule one_cycle --n_epochs 30",
+    "+ label smoothing": "--label_smoothing 0.1",
+    "+ small embeddings": "--embedding_scale 0.1",
+    "+ input feeding": "--input_feeding",
+    "+ hidden size 256": "--hidden_size 256",
+    "+ two layers": "--layers 2",
+}
+LANGUAGES = {"UK English": "uk", "Portuguese": "portuguese"}  # label: folder in data/
+RECIPE_BEST = f"--recipe best {DECODING}"
+RECIPE_ALL = f"{RECIPE_BEST} --dropout 0.2 --n_epochs 20"
+SMALL = "--use_attn --embedding_scale 0.1 --input_feeding --dropout 0.2 --schedule one_cycle"
+
+
+def step_arguments(count: int) -> str:
+    """The arguments of the original's model with the first `count` of STEPS."""
+    return " ".join(["--use_attn", *list(STEPS.values())[:count], DECODING])
+
+
+EXPERIMENTS = (
+    Experiment(PLAIN, DECODING),
+    Experiment(ATTENTION, step_arguments(0)),
+    Experiment(TRAINED_BETTER, f"{SMALL} {DECODING}", 3, "beyond"),
+    *(Experiment(step, step_arguments(i), 3, "beyond") for i, step in enumerate(STEPS, 1)),
+    Experiment(BEST, RECIPE_BEST, 5, "beyond"),
+    Experiment(ENSEMBLE, f"{RECIPE_BEST} --ensemble --seed 42 1 2 3 4", 1, "beyond", members=BEST),
+    Experiment(ALL, RECIPE_ALL, 3, "beyond", "us-all"),
+    Experiment(
+        ALL_ENSEMBLE, f"{RECIPE_ALL} --ensemble --seed 42 1 2", 1, "beyond", "us-all", members=ALL
+    ),
+    Experiment(G2P, f"{RECIPE_BEST} --direction g2p", 2, "beyond"),
+    *(Experiment(name, RECIPE_BEST, 2, "beyond", data) for name, data in LANGUAGES.items()),
+)
+MEMBERS = {e.label: e.members for e in EXPERIMENTS if e.members}
+OTHERS = G2P, *LANGUAGES
+MAIN_RESULTS = ATTENTION, TRAINED_BETTER, BEST, ENSEMBLE, ALL, ALL_ENSEMBLE
+LINE_STYLES = {  # of an experiment, the same in every figure
+    PLAIN: {"color": utils.BLUE, "linestyle": "--"},
+    ATTENTION: {"color": utils.VERMILION},
+    TRAINED_BETTER: {"color": utils.PURPLE},
+    BEST: {"color": utils.BLUE},
+    ENSEMBLE: {"color": utils.SKY},
+    ALL: {"color": utils.GREEN},
+    ALL_ENSEMBLE: {"color": utils.ORANGE},
+}
+ORIGINAL = {  # (experiment, decoding): its test CER, WER, WER@3
+    (PLAIN, "greedy"): (0.4354, 0.9040, None),
+    (ATTENTION, "greedy"): (0.2677, 0.8090, None),
+    (ATTENTION, "nucleus"): (0.3139, 0.8550, 0.7550),
+    (ATTENTION, "beam"): (None, None, None),
+}
+ORIGINAL_EXAMPLES = {  # word: the spellings that it sampled
+    "remainder": ("remainder", "remender"),
+    "misperception": ("mesperception", "misperception"),
+    "crudités": ("cruditai", "croudite", "cruditay"),
+    "slogger": ("slogger", "slogar"),
+    "Jingchuan": ("gingoen", "ginglwan", "jinguan"),
+    "scare": ("scaur", "skeer", "skear"),
+    "glossal": ("glossal", "gloسل", "glosal"),
+    "touchedness": ("tutudenis", "tutuddice", "tutuddecis"),
+    "alkaloses": ("alcoloses", "alcoholoses", "alcolosies"),
+    "companions": ("companuns", "companions"),
+}
+
+
+def is_scored(record: Record) -> bool:
+    """Whether a record has the final scores that the report compares: by all three ways of
+    decoding, with the same settings."""
+    final = record.get("final", {})
+    nucleus, beam = final.get("nucleus", {}), final.get("beam", {})
+    settings = nucleus.get("p"), nucleus.get("k"), beam.get("size"), final.get("max_len")
+    return settings == (P, K, BEAM_SIZE, script.MAX_LEN)
+
+
+# ----------------------------------------------------------------------------------------------
+# analysis: what only the report measures of a finished model
+
+N_CANDIDATES = 10  # of the WER@k curves
+
+
+def analyse(args: Namespace, data: utils.Pronunciations, device: torch.device) -> dict[str, Any]:
+    """Measure the finished model, or ensemble, of these arguments on the test words.
+
+    Returns 'lengths' of the words in symbols; 'curves', WER@k for k = 1 to 10 of 'nucleus'
+    samples and of a 'beam' of 10; and 'mistakes', count_edits of the greedy spellings.
+    """
+    if args.ensemble:
+        speller = script.load_ensemble(args, data, device)
+    else:
+        speller, _, _ = script.load_speller(script.make_run(args, data).checkpoint, device)
+    data = script.swap_direction(data) if script.is_g2p(args) else data
+    pairs, split = speller.encode(data.splits["test"]), speller.target.split
+    true, ks = list(map(split, pairs.spellings)), range(1, N_CANDIDATES + 1)
+    greedy = script.spellings(speller.greedy(pairs, args.max_len))
+    how = N_CANDIDATES, script.make_generator(args, device), args.max_len
+    candidates = {
+        "nucleus": script.spellings(speller.sample(pairs, args.topp, *how)),
+        "beam": script.spellings(speller.beam(pairs, N_CANDIDATES, args.max_len)),
+    }
+    curves = {
+        decoding: [script.wer_at_k(rows, pairs.spellings, k) for k in ks]
+        for decoding, rows in candidates.items()
+    }
+    mistakes = count_edits([split(row[0]) for row in greedy], true)
+    return {"lengths": list(map(len, true)), "curves": curves, "mistakes": mistakes}
+
+
+def count_edits(
+    predicted: list[Sequence[str]], true: list[Sequence[str]], most_common: int = 20
+) -> dict[str, Any]:
+    """The single edits from true to predicted words, sequences of symbols: 'kinds', how many of
+    each kind; 'common', the most frequent [true symbol, written symbol, count], '' for the written
+    symbol of a deletion and for the true one of an insertion."""
+    kinds, edits = Counter(), Counter()
+    for written, word in zip(predicted, true, strict=True):
+        for kind, i, j in Levenshtein.editops(word, written):
+            kinds[kind] += 1
+            edits["" if kind == "insert" else word[i], "" if kind == "delete" else written[j]] += 1
+    common = sorted(edits.items(), key=lambda item: (-item[1], item[0]))[:most_common]
+    return {"kinds": dict(sorted(kinds.items())), "common": [[a, b, n] for (a, b), n in common]}
+
+
+# ----------------------------------------------------------------------------------------------
+# measures of a record
+
+
+def parse_command(record: Record) -> Namespace:
+    """The arguments that a record's command gives."""
+    return script.parse_args(record["command"].split()[2:])
+
+
+def error(
+    record: Record, decoding: str, measure: str, words: np.ndarray | slice = slice(None)
+) -> float:
+    """A test error rate, 'cer', 'wer' or 'wer@3', over the words of these indices."""
+    scores = record["final"][decoding]
+    if measure == "cer":
+        distances, lengths = np.array(scores["distances"]), np.array(record["analysis"]["lengths"])
+        return distances[words].sum() / lengths[words].sum()
+    ranks = np.array(scores["ranks"])[words]
+    return 1 - ((ranks >= 1) & (ranks <= (1 if measure == "wer" else K))).mean()
+
+
+def resample_errors(
+    record: Record, random: np.random.Generator, decoding: str, measure: str
+) -> float:
+    """The error rate of as many test words, drawn with replacement."""
+    count = len(record["analysis"]["lengths"])
+    return error(record, decoding, measure, random.integers(count, size=count))
+
+
+def mean_error(runs: list[Record], decoding: str, measure: str) -> str:
+    """The mean and standard deviation of an error rate over runs."""
+    return mean_sd([error(run, decoding, measure) for run in runs])
+
+
+def training_minutes(records: Records, label: str) -> list[float]:
+    """The training time of each of an experiment's runs; of an ensemble, its members' together,
+    nan if a record is missing."""
+    if label not in MEMBERS:
+        return list(map(common.minutes, records[label]))
+    took = {parse_command(run).seed: common.minutes(run) for run in records[MEMBERS[label]]}
+    seeds = (parse_command(run).seed for run in records[label])
+    return [sum(took.get(seed, math.nan) for seed in members) for members in seeds]
+
+
+# ----------------------------------------------------------------------------------------------
+# tables: Markdown, None without runs
+
+
+def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None:
+    """The original's error rates, this report's, and whether the original's are inside the interval
+    of single runs. keys: of ORIGINAL."""
+    rows = []
+    for label, decoding in keys:
+        runs = records[label]
+        for measure, original in zip(("cer", "wer", "wer@3"), ORIGINAL[label, decoding]):
+            if not runs or (measure == "wer@3" and decoding == "greedy"):
+                continue
+            how = {"decoding": decoding, "measure": measure}
+            low, high = common.interval(functools.partial(resample_errors, **how), runs)
+            inside = "–" if original is None else "yes" if low <= original <= high else "no"
+            row = [f"{label}, {DECODINGS[decoding]}", measure.upper()]
+            row += ["–" if original is None else f"{original:.4f}", mean_error(runs, **how)]
+            rows.append([*row, len(runs), f"{low:.3f} to {high:.3f}", inside])
+    head = "model", "measure", "original", "this report", "runs", "95 % of single runs"
+    return markdown_table((*head, "original inside?"), rows, text=2)
+
+
+def example_table(runs: list[Record]) -> str | None:
+    """Ten words with the spellings sampled by the original and by the first run, correct ones in
+    bold."""
+
+    def mark(word, spellings):
+        return ", ".join(f"**{s}**" if s == word else s for s in spellings)
+
+    rows = [
+        [word, mark(word, ORIGINAL_EXAMPLES.get(word, "–")), mark(word, spellings)]
+        for run in runs[:1]
+        for word, spellings in run["final"]["nucleus"]["examples"]
+    ]
+    return markdown_table(["word", "original", "this report"], rows, text=3)
+
+
+def count_correct_examples(runs: list[Record]) -> str | None:
+    """A sentence: how many of the ten words are among the samples, here and in the original."""
+    if not runs:
+        return None
+    examples = (run["final"]["nucleus"]["examples"] for run in runs)
+    counts = [sum(word in spellings for word, spellings in rows) for rows in examples]
+    original = sum(word in spellings for word, spellings in ORIGINAL_EXAMPLES.items())
+    seeds = ", ".join(str(parse_command(run).seed) for run in runs)
+    return (
+        f"The original's samples contain {original} of the ten words, this report's "
+        f"{', '.join(map(str, counts))} (seeds {seeds})."
+    )
+
+
+def kind_table(records: Records, labels: Iterable[str]) -> str | None:
+    """Edits of each kind, greedy, in the test words, mean over runs."""
+    kinds = {"replace": "substitutions", "delete": "deletions", "insert": "insertions"}
+    rows = []
+    for label in labels:
+        if runs := records[label]:
+            counts = [run["analysis"]["mistakes"]["kinds"] for run in runs]
+            means = (np.mean([count.get(kind, 0) for count in counts]) for kind in kinds)
+            rows.append([label, *(f"{mean:.0f}" for mean in means)])
+    return markdown_table(["model", *kinds.values()], rows)
+
+
+def edit_table(runs: list[Record], rows_shown: int = 12) -> str | None:
+    """The most frequent single edits, greedy, mean over runs; an edit that is not among a run's
+    twenty counts as 0 there."""
+    counts = Counter()
+    for run in runs:
+        for true, written, count in run["analysis"]["mistakes"]["common"]:
+            counts[true, written] += count / len(runs)
+    rows = [
+        [a or "(nothing)", b or "(nothing)", f"{n:.0f}"]
+        for (a, b), n in counts.most_common(rows_shown)
+    ]
+    return markdown_table(["correct", "written", "count"], rows, text=2)
+
+
+RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")
+RESULT_COLUMNS = tuple(f"{decoding}, {measure.upper()}" for decoding, measure in RESULTS)
+
+
+def results(runs: list[Record]) -> list[str]:
+    """The RESULT_COLUMNS of an experiment's runs."""
+    return [mean_error(runs, *result) for result in RESULTS]
+
+
+def results_table(records: Records, labels: Iterable[str]) -> str | None:
+    """Test error rates of experiments; for g2p, CER denotes the phoneme error rate."""
+    rows = []
+    for label in labels:
+        if runs := records[label]:
+            minutes = np.mean(training_minutes(records, label))
+            took = "–" if math.isnan(minutes) else f"{minutes:.1f}"
+            rows.append([label, f"{runs[0]['parameters']:,}", took, *results(runs), len(runs)])
+    return markdown_table(("model", "parameters", "minutes", *RESULT_COLUMNS, "runs"), rows)
+
+
+def steps_table(records: Records) -> str | None:
+    """What each step from the original's model to the best recipe gains in validation CER."""
+    rows, before = [], None
+    for label in (ATTENTION, *STEPS, BEST):
+        valid = [min(run["history"]["val_cer"]) for run in records[label]]
+        if runs := records[label]:
+            change = "" if before is None else common.gain(valid, before)
+            took = f"{np.mean(training_minutes(records, label)):.1f}"
+            rows.append([label, took, mean_sd(valid), change, *results(runs), len(runs)])
+        before = valid
+    head = "model", "minutes", "validation CER", "change", *RESULT_COLUMNS, "runs"
+    return markdown_table(head, rows)
+
+
+def trial_scores(record: Record) -> dict[str, str]:
+    """The scores by which a trial is compared: the lowest greedy validation error rate."""
+    epoch, history = record["best_epoch"] - 1, record["history"]
+    rate = "PER" if "direction" in record["arguments"] else "CER"
+    return {
+        f"validation {rate}": f"{history['val_cer'][epoch]:.4f}",
+        "validation WER": f"{history['val_wer'][epoch]:.4f}",
+        "in epoch": str(epoch + 1),
+        "minutes": f"{common.minutes(record):.1f}",
+    }
+
+
+# ----------------------------------------------------------------------------------------------
+# figures, None without runs
+
+
+def draw_attention(runs: list[Record]) -> Figure | None:
+    """The attention weights of the first run."""
+    return script.plot_attention(parse_command(runs[0]), runs[0]) if runs else None
+
+
+def draw_cer(records: Records, labels: Iterable[str]) -> Figure | None:
+    """Validation CER of every epoch."""
+    fig, axes = utils.new_figure()
+    for label in labels:
+        common.plot_experiment(axes, records[label], "val_cer", label, **LINE_STYLES[label])
+    if not axes.lines:
+        return None
+    axes.set(xlabel="Epoch", ylabel="Validation CER", ylim=(0, None))
+    axes.legend()
+    return fig
+
+
+def draw_wer_at_k(runs: list[Record]) -> Figure | None:
+    """WER@k against k, of nucleus sampling and of beam search, with the greedy WER and the
+    original's WER and WER@3."""
+    if not runs:
+        return None
+    fig, axes = utils.new_figure()
+    names = {"nucleus": DECODINGS["nucleus"], "beam": f"beam of {N_CANDIDATES}"}
+    styles = {"color": utils.VERMILION}, {"color": utils.BLUE, "linestyle": "--"}
+    for (decoding, name), style in zip(names.items(), styles):
+        curves = [run["analysis"]["curves"][decoding] for run in runs]
+        common.plot_bands(axes, curves, common.with_seeds(name, runs), ".", **style)
+    greedy = np.mean([run["final"]["greedy"]["wer"] for run in runs])
+    axes.axhline(greedy, color="0.5", linestyle=":", label="greedy")
+    original = ORIGINAL[ATTENTION, "nucleus"][1:]
+    axes.plot([1, K], original, "x", color="black", label="nucleus, original")
+    axes.set_xticks(range(1, N_CANDIDATES + 1))
+    axes.set(xlabel="Candidates per word, k", ylabel="Test WER@k")
+    common.legend_above(fig, axes)
+    return fig
+
+
+def draw_lengths(
+    records: Records, labels: Iterable[str], shortest: int = 3, longest: int = 14
+) -> Figure | None:
+    """CER and WER, greedy, of test words by their length, the shorter and longer ones counted with
+    the shortest and the longest, and the number of words."""
+    labels = [label for label in labels if records[label]]
+    if not labels:
+        return None
+    fig, panels = utils.new_figure(5.0, 5.6, 3, 1, sharex=True, height_ratios=(2, 2, 1))
+    steps = range(shortest, longest + 1)
+    lengths = np.clip(records[labels[0]][0]["analysis"]["lengths"], shortest, longest)
+    groups = [np.flatnonzero(lengths == step) for step in steps]
+    for axes, measure in zip(panels, ("cer", "wer")):
+        for label in labels:
+            runs = [
+                [error(run, "greedy", measure, g) if len(g) else math.nan for g in groups]
+                for run in records[label]
+            ]
+            style = LINE_STYLES[label] | {"first": shortest}
+            common.plot_bands(axes, runs, common.with_seeds(label, runs), ".", **style)
+        axes.set(ylabel=f"Test {measure.upper()}")
+    panels[2].bar(steps, list(map(len, groups)), color="0.7")
+    panels[2].set(ylabel="Test words")
+    panels[2].set(xlabel=f"Letters per word ({shortest}: or fewer, {longest}: or more)")
+    common.legend_above(fig, panels[0])
+    return fig
+
+
+def draw_main_results(records: Records) -> Figure | None:
+    """Test CER and WER of the beam's first spelling against training time, a mark per run, and the
+    original's; None without runs beyond the original's."""
+    shown = [label for label in MAIN_RESULTS if records[label]]
+    if not set(shown) - {ATTENTION}:
+        return None
+    fig, panels = utils.new_figure(5.0, 6.0, 2, 1, sharex=True)
+    for axes, measure, original in zip(panels, ("cer", "wer"), ORIGINAL[ATTENTION, "greedy"]):
+        points = {
+            label: (
+                training_minutes(records, label),
+                [error(run, "beam", measure) for run in records[label]],
+            )
+            for label in shown
+        }
+        common.plot_against_time(axes, points, LINE_STYLES, MEMBERS)
+        axes.axhline(original, color="0.4", linestyle="--", label="original, greedy")
+        axes.set(ylabel=f"Test {measure.upper()}, beam of {BEAM_SIZE}", xscale="log")
+    ticks = panels[1].xaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter("")
+    panels[1].set(xlabel="Training time (minutes)")
+    common.legend_above(fig, panels[0])
+    return fig
