@@ -1,20 +1,18 @@
-"""How fast the project is: against a textbook loop, and against what the machine could do at best.
+"""How fast the project is, against textbook code and against the limits of the processor.
 
-    python -m tests.benchmark              everything, some 20 minutes on 2 cores
-    python -m tests.benchmark --quick      the same with next to nothing to do, to see that it works
+    python -m tests.benchmark              everything, about 25 minutes on 2 cores
+    python -m tests.benchmark --quick      the same with tiny data, to see that it works
 
-Prints tables and writes figures/benchmark.json and figures/benchmark.png. Contenders take turns, so
-that a noisy machine hits all alike; numbers are medians over turns. Pictures are random, words are
-the built-in sample: nothing needs to be downloaded.
+Prints the README's table and writes figures/benchmark.json and figures/benchmark.png. Contenders
+take turns, so other load on the machine slows all of them, and their times are medians over turns;
+whole runs are trained once. Images are random, words are the built-in sample.
 
-textbook loops | measuring | question 2 | question 3 | the whole report | figure | main
+textbook code | measuring | question 2 | question 3 | whole runs | tables and figure | main
 """
 
-import argparse
+import functools
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,13 +28,10 @@ import hw2_q2
 import hw2_q3
 import utils
 from data.sample import choose_pronunciations
-
-TRAIN, VAL, TEST = 12_635, 1_404, 3_000  # pictures, as in the photographs
-EPOCHS, BATCH = 40, 8
-STEPS = -(-TRAIN // BATCH)
+from figures import report_q2
 
 # ----------------------------------------------------------------------------------------------
-# textbook loops: the two models and trainings as a good student's script has them
+# textbook code: the two models and their training as in a good student's script
 
 
 class TextbookBlock(nn.Module):
@@ -52,12 +47,12 @@ class TextbookBlock(nn.Module):
 
 
 class TextbookCNN(nn.Module):
-    """The networks of question 2; their weights bear the names of hw2_q2.CNN's."""
+    """The two networks of question 2, with the parameter names of hw2_q2.CNN."""
 
     def __init__(self, batch_norm):
         super().__init__()
-        sizes = (3, 32), (32, 64), (64, 128)
-        self.convs = nn.Sequential(*(TextbookBlock(*size, batch_norm) for size in sizes))
+        channels = (3, 32), (32, 64), (64, 128)
+        self.convs = nn.Sequential(*(TextbookBlock(*pair, batch_norm) for pair in channels))
         self.gap = nn.AdaptiveAvgPool2d(1) if batch_norm else nn.Identity()
         self.fc1 = nn.Linear(128 if batch_norm else 128 * 6 * 6, 1024)
         self.norm = nn.BatchNorm1d(1024) if batch_norm else nn.Identity()
@@ -70,18 +65,8 @@ class TextbookCNN(nn.Module):
         x = self.dropout(self.norm(F.relu(self.fc1(x))))
         return F.log_softmax(self.fc3(F.relu(self.fc2(x))), dim=1)
 
-
-def textbook_epoch(model, optimizer, loader):
-    """One pass over batches of pictures and labels; the mean loss."""
-    losses = []
-    model.train()
-    for images, labels in loader:
-        optimizer.zero_grad()
-        loss = F.nll_loss(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
+    def loss(self, images, labels):
+        return F.nll_loss(self(images), labels)
 
 
 class TextbookAttention(nn.Module):
@@ -93,9 +78,9 @@ class TextbookAttention(nn.Module):
         self.combine = nn.Linear(2 * size, size)
 
     def forward(self, state, values, mask):
-        scores = self.score(torch.tanh(self.key(values) + self.query(state))).squeeze(2)
+        scores = self.score(torch.tanh(self.key(values) + self.query(state))).squeeze(2)  # (B, S)
         weights = scores.masked_fill(~mask, -torch.inf).softmax(1)
-        context = weights.unsqueeze(1) @ values
+        context = weights.unsqueeze(1) @ values  # (B, 1, H)
         return torch.tanh(self.combine(torch.cat((context, state), 2)))
 
 
@@ -107,11 +92,11 @@ class TextbookEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, sources, lengths):
-        x = self.dropout(self.embedding(sources))
+        x = self.dropout(self.embedding(sources))  # (B, S, H)
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         outputs, (h, c) = self.lstm(packed)
-        outputs, _ = pad_packed_sequence(outputs, batch_first=True)
-        h, c = torch.cat((h[0], h[1]), 1), torch.cat((c[0], c[1]), 1)
+        outputs, _ = pad_packed_sequence(outputs, batch_first=True)  # (B, S, H)
+        h, c = torch.cat((h[0], h[1]), 1), torch.cat((c[0], c[1]), 1)  # (B, H)
         return self.dropout(outputs), (h.unsqueeze(0), c.unsqueeze(0))
 
 
@@ -128,14 +113,14 @@ class TextbookDecoder(nn.Module):
     def forward(self, characters, state, values, mask):
         logits = []
         for step in range(characters.shape[1]):
-            x = self.dropout(self.embedding(characters[:, step : step + 1]))
+            x = self.dropout(self.embedding(characters[:, step : step + 1]))  # (B, 1, H)
             x, state = self.lstm(x, state)
             logits.append(self.output(self.dropout(self.attention(x, values, mask))))
-        return torch.cat(logits, 1), state
+        return torch.cat(logits, 1), state  # (B, T, V)
 
 
 class TextbookSpeller(nn.Module):
-    """The model of question 3 with attention; its weights bear the names of hw2_q3.Seq2Seq's."""
+    """The model of question 3 with attention, with the parameter names of hw2_q3.Seq2Seq."""
 
     def __init__(self, phonemes, characters, size=128, dropout=0.3):
         super().__init__()
@@ -144,18 +129,20 @@ class TextbookSpeller(nn.Module):
 
     def forward(self, sources, lengths, characters):
         values, state = self.encoder(sources, lengths)
-        return self.decoder(characters, state, values, sources != hw2_q3.PAD)[0]
+        return self.decoder(characters, state, values, sources != hw2_q3.PAD)[0]  # (B, T, V)
+
+    def loss(self, sources, lengths, targets):
+        logits = self(sources, lengths, targets[:, :-1]).flatten(0, 1)
+        return F.cross_entropy(logits, targets[:, 1:].flatten(), ignore_index=hw2_q3.PAD)
 
 
-def textbook_spelling_epoch(model, optimizer, loader):
-    """One pass over batches of (phonemes, lengths, characters); the mean loss."""
+def textbook_epoch(model, optimizer, loader):
+    """Train on all batches. Returns the mean loss."""
     losses = []
     model.train()
-    for sources, lengths, targets in loader:
+    for batch in loader:
         optimizer.zero_grad()
-        logits = model(sources, lengths, targets[:, :-1])
-        true = targets[:, 1:].flatten()
-        loss = F.cross_entropy(logits.flatten(0, 1), true, ignore_index=hw2_q3.PAD)
+        loss = model.loss(*batch)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -164,11 +151,12 @@ def textbook_spelling_epoch(model, optimizer, loader):
 
 @torch.no_grad()
 def textbook_spell(model, source, p=None, max_len=hw2_q3.MAX_LEN):
-    """The spelling of phonemes (S,): the numbers of its characters. Greedy, or from the nucleus."""
+    """Spell one word from its phonemes (S,), greedily, or by nucleus sampling if `p` is given.
+    Returns the indices of its characters."""
     model.eval()
     sources = source.unsqueeze(0)
     values, state = model.encoder(sources, torch.tensor([len(source)]))
-    last, spelled = hw2_q3.START, []
+    last, spelling = hw2_q3.START, []
     for _ in range(max_len):
         characters = torch.tensor([[last]])
         logits, state = model.decoder(characters, state, values, sources != hw2_q3.PAD)
@@ -182,543 +170,453 @@ def textbook_spell(model, source, p=None, max_len=hw2_q3.MAX_LEN):
             last = order[torch.multinomial(probs, 1)].item()
         if last == hw2_q3.END:
             break
-        spelled.append(last)
-    return spelled
+        spelling.append(last)
+    return spelling
 
 
 # ----------------------------------------------------------------------------------------------
 # measuring
 
 
-def seconds(function, *args):
-    """How long function(*args) takes."""
-    started = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - started
-
-
 def take_turns(contenders, turns):
-    """{name: median seconds} of {name: function}, called in turn after one call each to warm up."""
-    for function in contenders.values():
-        function()
-    times = {name: [] for name in contenders}
-    for _ in range(turns):
-        for name, function in contenders.items():
-            times[name].append(seconds(function))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """{what: {who: function}} -> {what: {who: median seconds}}. Each function is called once to
+    warm up, then `turns` times, in turn with the others."""
+    functions = {(what, who): f for what, row in contenders.items() for who, f in row.items()}
+    seconds = {key: [] for key in functions}
+    for _ in range(1 + turns):
+        for key, function in functions.items():
+            started = time.perf_counter()
+            function()
+            seconds[key].append(time.perf_counter() - started)
+    return {
+        what: {who: statistics.median(seconds[what, who][1:]) for who in row}
+        for what, row in contenders.items()
+    }
 
 
-def on_threads(threads, function):
-    """`function` on so many threads."""
+def train_runs(script, lines):
+    """Train runs with these options side by side, one thread each. Returns the `measured` of their
+    records."""
+    configs = [script.parse_args(line) for line in lines]
+    utils.train_side_by_side(script, configs)
+    runs = (script.make_run(args, script.load_data(args)) for args in configs)
+    return [utils.load_record(run.record)["measured"] for run in runs]
+
+
+def on_threads(threads, function, *args):
+    """A function that computes function(*args) on this number of threads."""
 
     def run():
         torch.set_num_threads(threads)
-        function()
+        return function(*args)
 
     return run
-
-
-def repeat(count, function):
-    """`function` so many times."""
-
-    def run():
-        for _ in range(count):
-            function()
-
-    return run
-
-
-class Workers:
-    """A function that `n` processes do at once, one thread each: so many steps of question 2's
-    variant ('steps'), or an epoch of question 3's training on so many words ('spelling')."""
-
-    def __init__(self, n, kind, count):
-        command = [sys.executable, "-c", "from tests import benchmark; benchmark.work()", kind]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command.append(str(count))
-        self.processes = [subprocess.Popen(command, cwd=utils.ROOT, **pipes) for _ in range(n)]
-        self._wait()  # until all are ready
-
-    def _wait(self):
-        for process in self.processes:
-            if not process.stdout.readline():
-                raise RuntimeError("a worker has ended")
-
-    def __enter__(self):
-        return self
-
-    def __call__(self):
-        for process in self.processes:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        self._wait()
-
-    def __exit__(self, *exception):
-        for process in self.processes:
-            process.communicate()  # closes its input, which ends it
-
-
-def work():
-    """What a process of Workers does: a line when it is ready, and one each time it has done its
-    work, for each line that it reads."""
-    kind, count = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(1)
-    if kind == "steps":
-        run = our_steps([], count)
-    else:
-        speller, _, words = make_spellers(count, epochs=0)
-        run = our_spelling_epoch(speller, words["train"])
-    run()
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        run()
-        print("done", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------
-# question 2: a step, against a textbook's and against the machine's limit
+# question 2: a training step, against the textbook's and against the limit
+
+SIZES = {"train": 12_635, "val": 1_404, "test": 3_000}  # numbers of photographs
+EPOCHS, BATCH_SIZE = 40, 8
+NETWORKS = {"plain": ("-no_batch_norm",), "batch norm + pooling": ()}
+BFLOAT16 = "-precision", "bfloat16"
+REPEATS = 10
+SIDE = 1024  # rows and columns of a matrix product, enough to reach the highest rate
+COPIED = 1024, 4608  # shape of a copied matrix, that of the plain network's fc1
 
 
-def make_pictures(count):
-    """Random pictures (N, 3, 48, 48) and labels."""
+def make_images(count):
+    """Random uint8 images (N, 3, 48, 48) and labels (N,)."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 48, 48), dtype=torch.uint8, generator=generator)
     return images, torch.randint(0, 6, (count,), generator=generator)
 
 
-def our_steps(argv, count):
+def our_steps(options, count):
     """A function that trains our network of these options for `count` steps."""
-    options = hw2_q2.parse_options(argv)
-    torch.manual_seed(0)
-    model = hw2_q2.build_model(options).train()
-    totals = torch.zeros(3)
-    step = hw2_q2.make_step(model, hw2_q2.make_optimizer(model, options), totals)
-    images, labels = make_pictures(count * BATCH)
-    images = images.contiguous(memory_format=torch.channels_last)
-    return lambda: hw2_q2.train_epoch(step, totals, images, labels, [BATCH] * count)
+    args = hw2_q2.parse_args(options)
+    utils.seed_everything(args.seed)
+    model = hw2_q2.build_model(args)
+    optimizer = hw2_q2.make_optimizer(model, args)
+    images, labels = hw2_q2.to_device(*make_images(count * BATCH_SIZE), "cpu", args)
+    data = images, labels, [BATCH_SIZE] * count
+    return functools.partial(hw2_q2.train_one_epoch, model, optimizer, *data, 1, args)
 
 
-def textbook_steps(batch_norm, count):
-    """A function that trains the textbook network for `count` steps."""
+def textbook_steps(options, count):
+    """A function that trains the textbook's network for `count` steps."""
     torch.manual_seed(0)
-    model = TextbookCNN(batch_norm)
+    model = TextbookCNN(batch_norm="-no_batch_norm" not in options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    images, labels = make_pictures(count * BATCH)
-    data = TensorDataset(images.float() / 255, labels)
-    return lambda: textbook_epoch(model, optimizer, DataLoader(data, BATCH, shuffle=True))
+    images, labels = make_images(count * BATCH_SIZE)
+    loader = DataLoader(TensorDataset(images.float() / 255, labels), BATCH_SIZE, shuffle=True)
+    return functools.partial(textbook_epoch, model, optimizer, loader)
 
 
-def convolutions():
-    """A function that computes the three convolutions and their gradients, alone."""
+def limiting_work():
+    """What limits a step, on one thread: its convolutions with their gradients, a large matrix
+    product and a large copy, each REPEATS times."""
     layers = []
     for c_in, c_out, side in ((3, 32, 48), (32, 64, 24), (64, 128, 12)):
-        layout = {"memory_format": torch.channels_last}
-        x = torch.randn(BATCH, c_in, side, side).to(**layout)
-        weight, bias = torch.randn(c_out, c_in, 3, 3).to(**layout), torch.zeros(c_out)
-        dy = torch.randn(BATCH, c_out, side, side).to(**layout)
-        layers.append((x, weight, bias, dy))
+        x, dy = (torch.randn(BATCH_SIZE, channels, side, side) for channels in (c_in, c_out))
+        layer = nn.Conv2d(c_in, c_out, 3, padding=1)
+        layer, x, dy = (part.to(memory_format=torch.channels_last) for part in (layer, x, dy))
+        layers.append((layer, x.requires_grad_(c_in > 3), dy))  # images need no gradient
+    a, b, matrix = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE), torch.randn(COPIED)
 
-    def run():
-        for x, weight, bias, dy in layers:
-            F.conv2d(x, weight, bias, padding=1)
-            wanted = [x.shape[1] > 3, True, True]  # pictures need no gradient
-            geometry = [len(bias)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1
-            torch.ops.aten.convolution_backward(dy, x, weight, *geometry, wanted)
+    def convolve():
+        for layer, x, dy in layers * REPEATS:
+            inputs = [part for part in (x, layer.weight, layer.bias) if part.requires_grad]
+            torch.autograd.grad(layer(x), inputs, dy)
 
-    return run
-
-
-PRODUCT = 1024  # rows and columns of a matrix product large enough to run at the best rate
-COPIED = 1024, 4608  # numbers copied, as many as the plain network's fc1 has
-
-
-def machine_limits():
-    """What the machine does at best, on one thread: {name: function}."""
-    a, b = torch.randn(2, PRODUCT, PRODUCT)
-    memory = torch.randn(COPIED)
     return {
-        "convolutions": on_threads(1, repeat(10, convolutions())),
-        "product": on_threads(1, lambda: a @ b),
-        "copy": on_threads(1, repeat(10, memory.clone)),
+        "convolutions": on_threads(1, convolve),
+        "product": on_threads(1, lambda: [a @ b for _ in range(REPEATS)]),
+        "copy": on_threads(1, lambda: [matrix.clone() for _ in range(REPEATS)]),
     }
 
 
 def limit_of_step(machine, batch_norm):
-    """The least seconds a step can take on one thread: the convolutions as measured; each linear
-    layer's three products at the best rate, or its weights' four ways through memory (read for the
-    output, for the inputs' gradient and to be updated, and written), whichever takes longer."""
+    """The minimum seconds per step on one thread: the convolutions as measured, and for each linear
+    layer the slower of its three products at the highest rate and its weight's four ways through
+    memory (read for the output, for the inputs' gradient and for the update, and written)."""
     total = machine["convolutions_s"]
     for n_in, n_out in ((128 if batch_norm else 4608, 1024), (1024, 512), (512, 6)):
-        products = 3 * 2 * BATCH * n_in * n_out / machine["product_flop_per_s"]
+        products = 3 * 2 * BATCH_SIZE * n_in * n_out / machine["product_flop_per_s"]
         memory = 4 * 4 * n_in * n_out / machine["copy_bytes_per_s"]
         total += max(products, memory)
     return total
 
 
-NETWORKS = {"plain": ["-no_batch_norm"], "batch norm + pooling": []}
-HALF = ["-precision", "bfloat16"]
-
-
 def measure_steps(turns, count, cores):
-    """The machine's rates, and for each network seconds a step: limit, ours, textbook."""
-    contenders = {("machine", name): function for name, function in machine_limits().items()}
-    for name, argv in NETWORKS.items():
-        ours, textbook = our_steps(argv, count), textbook_steps(not argv, count)
-        contenders[name, "ours, 1 thread"] = on_threads(1, ours)
-        contenders[name, "ours, bfloat16, 1 thread"] = on_threads(1, our_steps(argv + HALF, count))
-        contenders[name, f"ours, {cores} threads"] = on_threads(cores, ours)
-        contenders[name, "textbook, 1 thread"] = on_threads(1, textbook)
-        contenders[name, f"textbook, {cores} threads"] = on_threads(cores, textbook)
-    medians = take_turns(contenders, turns)
+    """The machine's rates, and for each network the seconds per step: limit, ours, textbook."""
+    contenders = {"machine": limiting_work()}
+    for name, options in NETWORKS.items():
+        ours, textbook = our_steps(options, count), textbook_steps(options, count)
+        contenders[name] = {
+            "ours, 1 thread": on_threads(1, ours),
+            "ours, bfloat16, 1 thread": on_threads(1, our_steps(options + BFLOAT16, count)),
+            f"ours, {cores} threads": on_threads(cores, ours),
+            "textbook, 1 thread": on_threads(1, textbook),
+            f"textbook, {cores} threads": on_threads(cores, textbook),
+        }
+    steps = take_turns(contenders, turns)
+    once = {name: median / REPEATS for name, median in steps.pop("machine").items()}
     machine = {
-        "convolutions_s": medians["machine", "convolutions"] / 10,
-        "product_flop_per_s": 2 * PRODUCT**3 / medians["machine", "product"],
-        "copy_bytes_per_s": 2 * 4 * math.prod(COPIED) * 10 / medians["machine", "copy"],
+        "convolutions_s": once["convolutions"],
+        "product_flop_per_s": 2 * SIDE**3 / once["product"],
+        "copy_bytes_per_s": 2 * 4 * math.prod(COPIED) / once["copy"],
     }
-    steps = {}
-    for name, argv in NETWORKS.items():
-        times = {who: median / count for (what, who), median in medians.items() if what == name}
-        steps[name] = {"limit, 1 thread": limit_of_step(machine, not argv)} | times
+    for name, row in steps.items():
+        limit = limit_of_step(machine, batch_norm=name != "plain")
+        steps[name] = {"limit, 1 thread": limit} | {who: row[who] / count for who in row}
     return machine, steps
 
 
 # ----------------------------------------------------------------------------------------------
-# question 3: an epoch and the decoding of 1,000 words
+# question 3: a training epoch, and the spelling of 1,000 words
+
+
+def sample_pairs(limit):
+    """The built-in sample, at most `limit` words per split: {split: pairs}."""
+    return {split: pairs[:limit] for split, pairs in choose_pronunciations().splits.items()}
 
 
 def make_spellers(limit, epochs=3):
-    """Our speller with attention, a little trained, and the textbook's of the same weights; the
-    training and test words as tensors."""
-    splits = {split: pairs[:limit] for split, pairs in choose_pronunciations().splits.items()}
-    phonemes = hw2_q3.Vocabulary.of(sound for sound, _ in splits["train"])
-    characters = hw2_q3.Vocabulary.of(word for _, word in splits["train"])
-    torch.manual_seed(0)
-    options = {"hidden_size": 128, "dropout": 0.3, "use_attn": True}
-    speller = hw2_q3.Speller(
-        hw2_q3.build_model(options, phonemes, characters), phonemes, characters
-    )
-    words = {split: speller.tensors(pairs) for split, pairs in splits.items()}
+    """Our speller with attention after some epochs of training, the textbook's with the same
+    weights, and the words: {split: EncodedPairs}."""
+    splits = sample_pairs(limit)
+    args = hw2_q3.parse_args(["--use_attn"])
+    vocabularies = hw2_q3.make_vocabularies(args, utils.Pronunciations(splits))
+    utils.seed_everything(args.seed)
+    speller = hw2_q3.Speller(hw2_q3.build_model(args, *vocabularies), *vocabularies)
+    encoded = {split: speller.encode(pairs) for split, pairs in splits.items()}
+    train = our_spelling_epoch(speller, encoded["train"])
     for _ in range(epochs):
-        our_spelling_epoch(speller, words["train"])()
-    textbook = TextbookSpeller(len(phonemes), len(characters))
+        train()
+    textbook = TextbookSpeller(*map(len, vocabularies))
     textbook.load_state_dict(speller.model.state_dict())
-    return speller, textbook, words
+    return speller, textbook, encoded
 
 
-def our_spelling_epoch(speller, words):
+def our_spelling_epoch(speller, pairs):
     """A function that trains our model for one epoch."""
-    optimizer = torch.optim.Adam(speller.model.parameters(), lr=0.003, fused=True)
-    totals = torch.zeros(3)
-    step = hw2_q3.make_step(speller.model, optimizer, totals)
-
-    def run():
-        speller.model.train()
-        hw2_q3.train_epoch(step, totals, words, 64)
-
-    return run
+    args = hw2_q3.parse_args(["--use_attn"])
+    optimizer = torch.optim.Adam(speller.model.parameters(), lr=args.lr, fused=True)
+    return functools.partial(hw2_q3.train_one_epoch, speller.model, optimizer, pairs, 1, args)
 
 
-def textbook_spelling(model, words):
+def textbook_spelling_epoch(model, pairs):
     """A function that trains the textbook's model for one epoch."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-    rows = zip(words.sources, words.lengths, words.targets, words.target_lengths)
-    pairs = [(source[:n], target[:m]) for source, n, target, m in rows]
+    rows = zip(pairs.sources, pairs.lengths, pairs.targets, pairs.target_lengths)
+    words = [(source[:s], target[:t]) for source, s, target, t in rows]
 
     def collate(batch):
         sources, targets = zip(*batch)
         lengths = torch.tensor([len(source) for source in sources])
         return pad_sequence(sources, True), lengths, pad_sequence(targets, True)
 
-    def run():
-        loader = DataLoader(pairs, 64, shuffle=True, collate_fn=collate)
-        textbook_spelling_epoch(model, optimizer, loader)
-
-    return run
+    loader = DataLoader(words, 64, shuffle=True, collate_fn=collate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+    return functools.partial(textbook_epoch, model, optimizer, loader)
 
 
-def bare_lstms(speller, words):
-    """A function that computes only the two LSTMs and their gradients over an epoch's batches."""
-    model = speller.model
-
-    def run():
-        for rows in torch.randperm(len(words.lengths)).split(64):
-            lengths, end = words.lengths[rows], words.target_lengths[rows].max() - 1
-            x = torch.randn(len(rows), lengths.max(), 128, requires_grad=True)
-            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            y = torch.randn(len(rows), end, 128, requires_grad=True)
-            outputs = model.encoder.lstm(packed)[0].data.sum() + model.decoder.lstm(y)[0].sum()
-            outputs.backward()
-
-    return run
+def run_bare_lstms(model, pairs):
+    """Compute only the two LSTMs and their gradients, over an epoch's batches."""
+    for rows in torch.randperm(len(pairs.lengths)).split(64):
+        lengths, steps = pairs.lengths[rows], pairs.target_lengths[rows].max() - 1
+        x = torch.randn(len(rows), lengths.max(), 128, requires_grad=True)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y = torch.randn(len(rows), steps, 128, requires_grad=True)
+        outputs = model.encoder.lstm(packed)[0].data.sum() + model.decoder.lstm(y)[0].sum()
+        outputs.backward()
 
 
 def measure_spelling(turns, limit, cores):
-    """Seconds of a training epoch and of decoding the test words, ours and the textbook's."""
-    speller, textbook, words = make_spellers(limit)
-    test = words["test"]
-    sources = [source[:length] for source, length in zip(test.sources, test.lengths)]
+    """Whether our greedy spellings of the test words equal the textbook's, and the seconds of
+    spelling and of a training epoch."""
+    speller, textbook, encoded = make_spellers(limit)
+    train, test = encoded["train"], encoded["test"]
+    words = [source[:length] for source, length in zip(test.sources, test.lengths)]
 
-    def textbook_decode(p=None, copies=1):
-        return [textbook_spell(textbook, source, p) for source in sources for _ in range(copies)]
+    def textbook_spellings(p=None, copies=1):
+        return [textbook_spell(textbook, word, p) for word in words for _ in range(copies)]
 
-    ours = hw2_q3.only_spellings(speller.greedy(test))
-    same = [[speller.target.decode(spelled)] for spelled in textbook_decode()] == ours
+    ours = [spelling for [spelling] in hw2_q3.spellings(speller.greedy(test))]
+    same = ours == [speller.target.decode(indices) for indices in textbook_spellings()]
+    generator = torch.Generator().manual_seed(0)
     decoding = {
-        ("greedy", "ours"): lambda: speller.greedy(test),
-        ("greedy", "textbook"): textbook_decode,
-        ("nucleus, 3 samples", "ours"): lambda: speller.sample(test, 0.8, 3, 0),
-        ("nucleus, 3 samples", "textbook"): lambda: textbook_decode(0.8, 3),
-        ("beam of 5", "ours"): lambda: speller.beam(test, 5),
+        "greedy": {
+            "ours": on_threads(cores, speller.greedy, test),
+            "textbook": on_threads(cores, textbook_spellings),
+        },
+        "nucleus, 3 samples": {
+            "ours": on_threads(cores, speller.sample, test, 0.8, 3, generator),
+            "textbook": on_threads(cores, textbook_spellings, 0.8, 3),
+        },
+        "beam of 5": {"ours": on_threads(cores, speller.beam, test, 5)},
     }
-    many = {key: on_threads(cores, function) for key, function in decoding.items()}
-    epoch = our_spelling_epoch(speller, words["train"])
-    slow = textbook_spelling(textbook, words["train"])
-    bare = bare_lstms(speller, words["train"])
-    with Workers(cores, "spelling", limit) as side_by_side:
-        many |= {
-            ("training epoch", "ours, 1 thread"): on_threads(1, epoch),
-            ("training epoch", f"ours, {cores} threads"): on_threads(cores, epoch),
-            ("training epoch", f"ours, {cores} at once"): side_by_side,
-            ("training epoch", "textbook"): on_threads(cores, slow),
-            ("training epoch", "bare LSTMs, 1 thread"): on_threads(1, bare),
-        }
-        medians = take_turns(many, turns)
-    results = {}
-    for (what, who), median in medians.items():
-        results.setdefault(what, {})[who] = median
-    results["training epoch"][f"ours, {cores} at once"] /= cores  # for one of them
-    return {"same_spellings": same, "words": len(sources), "seconds": results}
+    medians = take_turns(decoding, turns)  # before training changes the weights
+    ours = our_spelling_epoch(speller, train)
+    training = {
+        "ours, 1 thread": on_threads(1, ours),
+        f"ours, {cores} threads": on_threads(cores, ours),
+        "textbook": on_threads(cores, textbook_spelling_epoch(textbook, train)),
+        "bare LSTMs, 1 thread": on_threads(1, run_bare_lstms, speller.model, train),
+    }
+    medians |= take_turns({"training epoch": training}, turns)
+    share = spelling_epoch_side_by_side(turns, limit, cores)
+    medians["training epoch"][f"ours, {cores} at once"] = share
+    return {"same_spellings": same, "words": len(words), "seconds": medians}
 
 
-def measure_scaling(turns, limit):
-    """Seconds on one thread against pictures trained on, words spelled, and beam size."""
-    torch.set_num_threads(1)
-    speller, _, words = make_spellers(limit)
+def spelling_epoch_side_by_side(turns, limit, jobs):
+    """Seconds per epoch, validation included, of `jobs` runs at once, divided by their number."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, pairs in zip(("train", "valid", "test"), sample_pairs(limit).values()):
+            lines = (f"{' '.join(phonemes)}\t{word}\n" for phonemes, word in pairs)
+            Path(folder, f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
+        options = f"--use_attn --n_epochs {turns + 1} --jobs {jobs} --seed".split()
+        folders = "--data_dir", folder, "--output_dir", folder
+        runs = [[*options, str(seed), *folders] for seed in range(jobs)]
+        measured = train_runs(hw2_q3, runs)
+    return statistics.median(t for run in measured for t in run["seconds"][1:]) / jobs
+
+
+def measure_scaling(turns, steps, limit):
+    """Seconds on one thread by the number of training images, of words, and by beam size."""
+    speller, _, encoded = make_spellers(limit)
     pairs = choose_pronunciations().splits["train"]
-    counts = [limit * eighths // 8 for eighths in (1, 2, 4, 8, 16, 32)]
-    some = {count: speller.tensors(pairs[:count]) for count in counts}
-    contenders = {("pictures", n * BATCH): our_steps([], n) for n in (25, 50, 100, 200)}
-    for count in counts:
-        contenders["words", count] = lambda words=some[count]: speller.greedy(words)
-    for size in (1, 2, 5, 10, 20):
-        contenders["beam size", size] = lambda size=size: speller.beam(words["test"], size)
-    results = {}
-    for (what, size), median in take_turns(contenders, turns).items():
-        results.setdefault(what, {})[str(size)] = median
-    return results
+    subsets = [speller.encode(pairs[: limit * eighths // 8]) for eighths in (1, 2, 4, 8, 16, 32)]
+    counts, sizes = (steps // 4, steps // 2, steps, 2 * steps), (1, 2, 5, 10, 20)
+    contenders = {
+        "pictures": {n * BATCH_SIZE: on_threads(1, our_steps([], n)) for n in counts},
+        "words": {len(x.lengths): on_threads(1, speller.greedy, x) for x in subsets},
+        "beam size": {n: on_threads(1, speller.beam, encoded["test"], n) for n in sizes},
+    }
+    return take_turns(contenders, turns)
 
 
 # ----------------------------------------------------------------------------------------------
-# the whole report, its runs side by side
+# whole runs of question 2
 
-
-def write_pictures(path, share):
-    """An .npz file of random pictures, as many as the photographs are, or a share of them."""
-    arrays = {}
-    for split, count in {"train": TRAIN, "val": VAL, "test": TEST}.items():
-        images, labels = make_pictures(max(64, int(count * share)))
-        arrays[f"{split}_images"] = images.permute(0, 2, 3, 1).numpy()
-        arrays[f"{split}_labels"] = labels.numpy()
-    np.savez(path, **arrays)
-
-
-def train_runs(lines, epochs, share, jobs):
-    """What the trainings of these command lines measured, `jobs` at once, on random pictures."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "pictures.npz"
-        write_pictures(data, share)
-        tasks = []
-        for line in lines:
-            places = f"-epochs {epochs} -threads 1 -data_path {data} -output_dir {folder}"
-            words = f"{line} {places}".split()
-            run = hw2_q2.make_run(hw2_q2.parse_options(words), utils.load_landscapes(data))
-            tasks.append(utils.Task(run, (str(utils.ROOT / "hw2_q2.py"), *words), epochs))
-        options = argparse.Namespace(jobs=jobs, scheduler=None, restart=False, device="cpu")
-        records = utils.run_many(tasks, hw2_q2.summary, options)
-    return [record["measured"] for record in records]
-
-
-OURS, OURS_HALF = "ours, side by side", "ours, bfloat16, side by side"
+OURS, OURS_BFLOAT16 = "ours, side by side", "ours, bfloat16, side by side"
 TEXTBOOK = "textbook, one by one"
+GRID = [("-no_batch_norm", "-learning_rate", rate) for rate in ("0.1", "0.01", "0.001")]
+GRID.append(("-learning_rate", "0.01"))  # the original's four runs
 
 
-def measure_grid(turns, cores, share, count):
-    """The report's four networks, one seed: seconds a training epoch of each, side by side, from
-    the second of two, and of the whole grid; the textbook's, timed before and after."""
-    textbook = {name: textbook_steps(not argv, count) for name, argv in NETWORKS.items()}
-    contenders = {name: on_threads(cores, function) for name, function in textbook.items()}
-    lines = [f"-no_batch_norm -learning_rate {rate}" for rate in (0.1, 0.01, 0.001)]
-    lines.append("-learning_rate 0.01")
-    half = [" ".join([line, *HALF]) for line in lines]
-    before = take_turns(contenders, turns)
-    results = {}
-    for who, own in ((OURS, lines), (OURS_HALF, half)):
-        measured = train_runs(own, 2, share, cores)
-        epochs = [m["seconds"][1] / share for m in measured]
-        results[who] = {"epoch_s": epochs, "grid_s": sum(epochs) * EPOCHS / cores}
-    after = take_turns(contenders, turns)
-    plain, norm = ((before[name] + after[name]) / 2 / count * STEPS for name in NETWORKS)
-    epochs = [plain, plain, plain, norm]
-    return results | {TEXTBOOK: {"epoch_s": epochs, "grid_s": sum(epochs) * EPOCHS}}
+def make_splits(share):
+    """Random images and labels, as many as the photographs or this share of them."""
+    return {split: make_images(max(64, int(count * share))) for split, count in SIZES.items()}
 
 
-def measure_memory(share):
-    """{network: MiB that a run takes at most}; 0 where the system does not tell."""
-    measured = train_runs([" ".join(argv) for argv in NETWORKS.values()], 1, share, 1)
-    return {name: m["peak_memory_mib"] or 0 for name, m in zip(NETWORKS, measured)}
+def train_on_images(runs, share, jobs):
+    """Train runs with these options for two epochs on random images, `jobs` at once. Returns the
+    `measured` of their records."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, arrays = Path(folder) / "images.npz", {}
+        for split, (images, labels) in make_splits(share).items():
+            arrays |= {f"{split}_images": images.numpy(), f"{split}_labels": labels.numpy()}
+        np.savez(path, **arrays)
+        options = ["-epochs", "2", "-jobs", str(jobs), "-data_path", str(path)]
+        return train_runs(hw2_q2, [[*run, *options, "-output_dir", folder] for run in runs])
 
 
-def measure_runs_at_once(count, most):
-    """{n: steps a second, all together} of n trainings at once, one thread each."""
+def measure_grid(steps, cores, share):
+    """Seconds per epoch of the original's four runs and of all their epochs, ours side by side,
+    from the second epoch, and the textbook's, from its steps; and the peak memory (MiB) of our two
+    networks, 0 where the system does not tell."""
+    grid, memory = {}, {}
+    for who, options in ((OURS, ()), (OURS_BFLOAT16, BFLOAT16)):
+        measured = train_on_images([run + options for run in GRID], share, cores)
+        epochs = [run["seconds"][1] / share for run in measured]
+        grid[who] = {"epoch_s": epochs, "grid_s": sum(epochs) * EPOCHS / cores}
+        for name, run in zip(NETWORKS, measured[-2:]):
+            memory[name] = max(memory.get(name, 0), run["peak_memory_mib"] or 0)
+    count = math.ceil(SIZES["train"] / BATCH_SIZE)
+    plain, batch_norm = (count * row[f"textbook, {cores} threads"] for row in steps.values())
+    epochs = [plain, plain, plain, batch_norm]
+    grid[TEXTBOOK] = {"epoch_s": epochs, "grid_s": sum(epochs) * EPOCHS}
+    return grid, memory
+
+
+def measure_runs_at_once(share, most):
+    """{n: steps per second, all together} of n runs at once, validation included."""
     rates = {}
     for n in range(1, most + 1):
-        with Workers(n, "steps", count) as side_by_side:
-            rates[str(n)] = n * count / seconds(side_by_side)
+        measured = train_on_images([("-seed", str(seed)) for seed in range(n)], share, n)
+        steps = SIZES["train"] * share / BATCH_SIZE
+        rates[n] = sum(steps / run["seconds"][1] for run in measured)
     return rates
+
+
+def measure_analysis(share):
+    """Seconds, on one thread, of a run's final scores and of the report's analysis, which users'
+    runs do without: of the second of two calls, since a call can take a minute."""
+    data = utils.Landscapes(make_splits(share))
+    with tempfile.TemporaryDirectory() as folder:
+        work = {name: end_of_run(options, data, folder) for name, options in NETWORKS.items()}
+        return take_turns(work, turns=1)
+
+
+def end_of_run(options, data, folder):
+    """Functions that score a network and analyse it as if it were trained."""
+    args = hw2_q2.parse_args([*options, "-output_dir", folder])
+    splits = {split: hw2_q2.to_device(*part, "cpu", args) for split, part in data.splits.items()}
+    model, run = hw2_q2.build_model(args), hw2_q2.make_run(args, data)
+    optimizer, history = hw2_q2.make_optimizer(model, args), {"val_accuracy": [0.0]}
+    utils.save_checkpoint(run, model, optimizer, history, seconds=[0.0])
+    return {
+        "score": on_threads(1, hw2_q2.score, model, splits, args.tta),
+        "analysis": on_threads(1, report_q2.analyse, args, data, "cpu"),
+    }
 
 
 # ----------------------------------------------------------------------------------------------
 # tables and figure
 
 
-def ratios(results):
-    """The ratios that the project promises something about: {name: (ratio, promised, sense)}."""
-    steps, grid, spelling = results["steps"], results["grid"], results["spelling"]["seconds"]
-    epoch, cores = spelling["training epoch"], results["machine"]["cores"]
-    found = {
-        f"{name}: step / limit": (s["ours, 1 thread"] / s["limit, 1 thread"], 1.7, "at most")
-        for name, s in steps.items()
-    }
-    for who, name in ((OURS, "ours"), (OURS_HALF, "ours, bfloat16")):
-        ratio = grid[TEXTBOOK]["grid_s"] / grid[who]["grid_s"]
-        found[f"question 2's grid: textbook / {name}"] = ratio, 3, "at least"
-    ratio = epoch["textbook"] / epoch[f"ours, {cores} at once"]
-    found["question 3, training: textbook / ours, side by side"] = ratio, 3, "at least"
-    for what, promised in (("greedy", 25), ("nucleus, 3 samples", 30)):
-        ratio = spelling[what]["textbook"] / spelling[what]["ours"]
-        found[f"question 3, {what}: textbook / ours"] = ratio, promised, "at least"
-    found["memory of a run (MiB)"] = max(results["memory"].values()), 1024, "at most"
-    return found
-
-
-def print_tables(results):
-    """Print all results."""
-    print("\nQuestion 2, milliseconds a step of 8 pictures")
-    for name, row in results["steps"].items():
-        for who, value in row.items():
-            print(f"  {name:22}{who:28}{1e3 * value:9.2f}")
-    print("\nQuestion 2, the report's grid (4 runs of 40 epochs, one seed), minutes")
-    for who in (OURS, OURS_HALF, TEXTBOOK):
-        print(f"  {who:50}{results['grid'][who]['grid_s'] / 60:9.1f}")
-    print(f"\nQuestion 3, seconds ({results['spelling']['words']:,} words decoded)")
-    for what, row in results["spelling"]["seconds"].items():
-        for who, value in row.items():
-            print(f"  {what:22}{who:28}{value:9.3f}")
-    print("\nScaling, one thread, seconds")
-    for what, row in results["scaling"].items():
-        values = "  ".join(f"{size}: {value:.3f}" for size, value in row.items())
-        print(f"  {what:22}{values}")
-    rates = "  ".join(f"{n}: {rate:.0f}" for n, rate in results["runs_at_once"].items())
-    print(f"  {'steps a second at once':24}{rates}")
-    print("\nRatios")
-    for name, (ratio, promised, sense) in ratios(results).items():
-        print(f"  {name:60}{ratio:8.2f}   ({sense} {promised})")
-
-
 def readme_table(results):
-    """The lines of the README's table."""
-    steps, spelling = results["steps"], results["spelling"]["seconds"]
-    cores, grid = results["machine"]["cores"], results["grid"]
-    textbook, epoch = grid[TEXTBOOK]["grid_s"], spelling["training epoch"]
-    rows = [
-        (
-            f"question 2, a step of 8 pictures, {name}",
-            f"{1e3 * row['ours, 1 thread']:.1f} ms on one thread, "
-            f"{1e3 * row['ours, bfloat16, 1 thread']:.1f} in bfloat16",
-            f"{1e3 * row[f'textbook, {cores} threads']:.1f} ms on {cores}",
-            f"limit: {1e3 * row['limit, 1 thread']:.1f} ms",
-        )
-        for name, row in steps.items()
-    ]
-    for who, name in ((OURS, "40 epochs"), (OURS_HALF, "40 epochs, bfloat16")):
-        took = grid[who]["grid_s"]
-        rows.append(
-            (
-                f"question 2, four runs of {name}",
-                f"{took / 60:.0f} minutes, {cores} at once",
-                f"{textbook / 60:.0f} minutes",
-                f"{textbook / took:.3g} times as fast",
-            )
-        )
-    side_by_side = epoch[f"ours, {cores} at once"], epoch["textbook"]
-    pairs = {f"a training epoch, {cores} runs at once": side_by_side}
-    for what in ("greedy", "nucleus, 3 samples"):
-        name = f"spelling {results['spelling']['words']:,} words, {what}"
-        pairs[name] = spelling[what]["ours"], spelling[what]["textbook"]
-    for name, (fast, slow) in pairs.items():
-        times = f"{slow / fast:.3g} times as fast"
-        rows.append((f"question 3, {name}", f"{fast:.2f} s", f"{slow:.1f} s", times))
+    """The lines of the README's table: task, ours, textbook code, limit or speed-up."""
+    cores, rows = results["machine"]["cores"], []
+    for name, step in results["steps"].items():
+        ms = {who: f"{1e3 * seconds:.1f} ms" for who, seconds in step.items()}
+        ours = f"{ms['ours, 1 thread']} on 1 thread, {ms['ours, bfloat16, 1 thread']} in bfloat16"
+        textbook = f"{ms[f'textbook, {cores} threads']} on {cores} threads"
+        limit = f"limit {ms['limit, 1 thread']}"
+        rows.append((f"question 2, training step, {name}", ours, textbook, limit))
+    minutes = {who: times["grid_s"] / 60 for who, times in results["grid"].items()}
+    for who, mark in ((OURS, ""), (OURS_BFLOAT16, ", bfloat16")):
+        task = f"question 2, four runs of {EPOCHS} epochs{mark}"
+        rows.append(compare(task, minutes[who], minutes[TEXTBOOK], "{:.0f} minutes"))
+    seconds, words = results["spelling"]["seconds"], results["spelling"]["words"]
+    epoch = seconds["training epoch"]
+    rows.append(
+        compare("question 3, training epoch", epoch[f"ours, {cores} at once"], epoch["textbook"])
+    )
+    for way in ("greedy", "nucleus, 3 samples"):
+        task = f"question 3, spelling {words:,} words, {way}"
+        rows.append(compare(task, seconds[way]["ours"], seconds[way]["textbook"]))
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def compare(task, ours, textbook, form="{:.2f} s"):
+    """A row of the README's table."""
+    return task, form.format(ours), form.format(textbook), f"{textbook / ours:.3g} times as fast"
 
 
 def draw(path, results):
     """Draw a step's time against the limit, and how times grow."""
-    fig, grid = utils.figure(7.0, 5.2, 2, 2)
     cores = results["machine"]["cores"]
-    shown = (
-        "limit, 1 thread",
-        "ours, 1 thread",
-        "ours, bfloat16, 1 thread",
-        f"ours, {cores} threads",
-        f"textbook, {cores} threads",
-    )
-    colors = "0.6", utils.BLUE, utils.SKY, utils.GREEN, utils.VERMILION
-    for place, row in enumerate(results["steps"].values()):
-        values = [1e3 * row[who] for who in shown]
-        places = [place + 0.16 * i for i in range(len(shown))]
-        bars = grid[0, 0].bar(places, values, 0.15, color=colors)
-        grid[0, 0].bar_label(bars, fmt="%.1f", fontsize=6.5)
-    grid[0, 0].legend(bars, shown, fontsize=6.5)
-    grid[0, 0].set_xticks([0.32, 1.32], results["steps"])
-    grid[0, 0].set(title="Question 2: a step of 8 pictures", ylabel="Time (ms)")
-    grid[0, 0].margins(y=0.6)
-    for axes, what in zip(grid.flat[1:], ("pictures", "words", "beam size")):
+    colors = {
+        "limit, 1 thread": "0.6",
+        "ours, 1 thread": utils.BLUE,
+        "ours, bfloat16, 1 thread": utils.SKY,
+        f"ours, {cores} threads": utils.GREEN,
+        f"textbook, {cores} threads": utils.VERMILION,
+    }
+    fig, grid = utils.new_figure(7.0, 5.2, 2, 2)
+    steps, *others = grid.flat
+    for i, (who, color) in enumerate(colors.items()):
+        values = [1e3 * row[who] for row in results["steps"].values()]
+        bars = steps.bar([i * 0.16, 1 + i * 0.16], values, 0.15, color=color, label=who)
+        steps.bar_label(bars, fmt="%.1f", fontsize=6.5)
+    steps.legend(fontsize=6.5)
+    steps.set_xticks([0.32, 1.32], results["steps"])
+    steps.set(title="Question 2: one training step", ylabel="Time (ms)")
+    steps.margins(y=0.6)
+    panels = {
+        "pictures": ("Question 2: training", "Number of images"),
+        "words": ("Question 3: greedy decoding", "Number of words"),
+        "beam size": ("Question 3: beam search", "Beam size"),
+    }
+    for axes, (what, (title, label)) in zip(others, panels.items()):
         sizes = [int(size) for size in results["scaling"][what]]
         axes.plot(sizes, results["scaling"][what].values(), "o-", markersize=4, color=utils.BLUE)
-        axes.set(xlabel=what.capitalize(), ylabel="Time (s)", xlim=(0, None), ylim=(0, None))
-    titles = "Question 2: part of an epoch", "Question 3: greedy", "Question 3: beam search"
-    for axes, title in zip(grid.flat[1:], titles):
-        axes.set_title(f"{title}, 1 thread")
+        axes.set(title=f"{title}, 1 thread", xlabel=label, ylabel="Time (s)")
+        axes.set(xlim=(0, None), ylim=(0, None))
     utils.save_figure(path, fig)
 
 
 # ----------------------------------------------------------------------------------------------
 # main
 
+QUICK = {"turns": 1, "steps": 4, "words": 20, "share": 0.01, "most_runs": 1}
+FULL = {"turns": 5, "steps": 100, "words": 10_000, "share": 1, "most_runs": utils.cpu_count() + 2}
+
+
+def measure(turns, steps, words, share, most_runs):
+    """All results. steps, words: how many a function trains on at once; share: of the number of
+    photographs; most_runs: the maximum number of runs at once."""
+    cores = utils.cpu_count()
+    machine, step_times = measure_steps(turns, steps, cores)
+    grid, memory = measure_grid(step_times, cores, share)
+    return {
+        "machine": utils.measured(torch.device("cpu"), []) | machine,
+        "steps": step_times,
+        "spelling": measure_spelling(turns, words, cores),
+        "scaling": measure_scaling(turns, steps, min(words, 1000)),
+        "runs_at_once": measure_runs_at_once(share / 10, most_runs),
+        "grid": grid,
+        "memory": memory,
+        "analysis_seconds": measure_analysis(share),
+    }
+
 
 def main(argv=None):
-    """Measure everything, print it, write it down."""
-    parser = utils.Parser(description=__doc__.rpartition("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="only see whether everything works")
-    folder = "where benchmark.json and benchmark.png go"
-    parser.add_argument("--output", type=Path, default=utils.ROOT / "figures", help=folder)
-    options = parser.parse_args(argv)
-    quick, cores = options.quick, len(utils.cores())
-    turns, count, limit, share = (1, 4, 20, 0.01) if quick else (5, 100, 10_000, 1)
-    machine, steps = measure_steps(turns, count, cores)
-    results = {
-        "command": "python -m tests.benchmark" + quick * " --quick",
-        "machine": utils.measured(torch.device("cpu"), []) | machine,
-        "steps": steps,
-        "spelling": measure_spelling(turns, limit, cores),
-        "scaling": measure_scaling(turns, min(limit, 1000)),
-        "runs_at_once": measure_runs_at_once(count, 1 if quick else cores + 2),
-        "grid": measure_grid(turns, cores, share, count),
-        "memory": measure_memory(share),
-    }
-    print_tables(results)
-    utils.save_record(options.output / "benchmark.json", results)
-    draw(options.output / "benchmark.png", results)
+    parser = utils.Parser("python -m tests.benchmark", description=__doc__.rpartition("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="use tiny data, to see that it works")
+    output = {"type": Path, "metavar": "DIR", "default": utils.ROOT / "figures"}
+    parser.add_argument("--output", **output, help="folder of the two files (default: figures/)")
+    args = parser.parse_args(argv)
+    command = "python -m tests.benchmark" + args.quick * " --quick"
+    results = {"command": command} | measure(**(QUICK if args.quick else FULL))
+    utils.save_record(args.output / "benchmark.json", results)
+    draw(args.output / "benchmark.png", results)
+    print("\n".join(readme_table(results)))
+    for name, times in results["analysis_seconds"].items():
+        print(f"{name}: final scores {times['score']:.1f} s, analysis {times['analysis']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: small data, a way to run a script, the real data where they are present."""
+"""Shared by the tests: small data, the real data where they are, helpers that run a script."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,8 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=20, help="kills of tests/test_crash.py")
-    parser.addoption("--fuzz", type=int, default=30, help="examples a test of tests/test_fuzz.py")
+    parser.addoption("--kills", type=int, default=20, help="kills in test_robustness.py")
+    parser.addoption("--fuzz", type=int, default=30, help="inputs per fuzz test")
 
 
 def pytest_configure(config):
@@ -26,28 +26,32 @@ def pytest_configure(config):
         max_examples=count,
         deadline=None,
         database=None,
-        derandomize=count < 1000,  # the same examples each time, but for a long search
+        derandomize=count < 1000,  # the same inputs each time, but for a long search
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     hypothesis.settings.load_profile("hw2")
 
 
+# ----------------------------------------------------------------------------------------------
+# data
+
+
 @pytest.fixture(scope="session")
 def landscapes():
-    """36 training, 12 validation and 12 test pictures of the built-in kind."""
+    """36 training, 12 validation and 12 test images, drawn as those of the built-in sample."""
     splits = {}
-    for number, (split, size) in enumerate({"train": 36, "val": 12, "test": 12}.items()):
-        random = np.random.default_rng([7, number])
+    for i, (split, size) in enumerate({"train": 36, "val": 12, "test": 12}.items()):
+        random = np.random.default_rng([7, i])
         labels = np.arange(size) % 6
-        pictures = [sample.draw_landscape(utils.CLASSES[label], random) for label in labels]
-        images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        images = [sample.draw_landscape(utils.CLASSES[label], random) for label in labels]
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
         splits[split] = images, torch.from_numpy(labels)
     return utils.Landscapes(splits)
 
 
 @pytest.fixture(scope="session")
 def arrays(landscapes):
-    """The same as arrays under the course's keys, channels last."""
+    """The same images, channels last, and labels as arrays under the course's keys."""
     result = {}
     for split, (images, labels) in landscapes.splits.items():
         result[f"{split}_images"] = images.permute(0, 2, 3, 1).numpy()
@@ -65,21 +69,30 @@ def landscapes_path(arrays, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder of real photographs and pronunciations; the test skips where it is absent."""
+    """The folder of real photographs and pronunciations; without it, the test is skipped."""
     folder = Path(os.environ.get("HW2_REAL_DATA", "no such folder"))
     if not folder.is_dir():
         pytest.skip("HW2_REAL_DATA does not name the folder of real data")
     return folder
 
 
+# ----------------------------------------------------------------------------------------------
+# runs
+
 DATA = {"name": "photographs", "fingerprint": "0" * 12}
-CONFIG = {"question": "q2", "recipe": 1, "options": {}, "data": DATA}
 
 
-def save_checkpoint(path, **content):
-    """Write a checkpoint that has every part, empty where it is not given."""
-    empty = {"config": CONFIG, "history": {}, "seconds": [], "finished": True}
-    utils.save_checkpoint(path, **empty | {"model": {}, "optimizer": {}} | content)
+def make_run(folder, title="run", **changes):
+    """A Run of three epochs in `folder`."""
+    fields = {"command": "python hw2_q2.py", "arguments": {}, "data": DATA, "training_version": 1}
+    return utils.Run(title, **fields | {"epochs": 3, "folder": folder} | changes)
+
+
+def save_checkpoint(path, **changes):
+    """Write a checkpoint that has every part, empty but for `changes`."""
+    content = {"command": "python hw2_q2.py", "arguments": {}, "data": DATA, "training_version": 1}
+    content |= {"history": {}, "seconds": [], "model": {}, "optimizer": {}}
+    utils.write_file(path, lambda file: torch.save(content | changes, file))
 
 
 class Killed(BaseException):
@@ -87,7 +100,7 @@ class Killed(BaseException):
 
 
 def assert_equal_runs(first, second, parts=("model",)):
-    """Two (record, checkpoint) are the same to the bit, but for what was measured."""
+    """Two (record, checkpoint) agree in every bit, but for what was measured."""
     for part in parts:
         assert first[1][part].keys() == second[1][part].keys()
         for name, weights in first[1][part].items():
@@ -98,9 +111,10 @@ def assert_equal_runs(first, second, parts=("model",)):
 
 @pytest.fixture
 def fails(capsys):
-    """fails(main, argv) -> the one line on stderr with which main(argv) ends, status 2."""
+    """fails(main, argv): the one line on stderr with which main(argv) ends, its status being 2."""
 
     def run(main, argv):
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             utils.run_script(lambda: main([str(word) for word in argv]))
         assert stop.value.code == 2

@@ -1,11 +1,15 @@
-"""Making the data files: preparing photographs, downloading them, the built-in sample."""
+"""Data: loading, preparing and downloading the data files, the built-in samples."""
 
+import errno
 import http.server
 import io
+import os
+import pickle
 import stat
 import threading
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,87 +18,314 @@ from PIL import Image
 
 import utils
 from data import prepare_landscapes, prepare_pronunciations, sample
-from utils import CLASSES
-
-COUNTS = {"buildings": 11, "forest": 12, "glacier": 13, "mountain": 14, "sea": 15, "street": 16}
+from utils import CLASSES, SPLITS, UserError
 
 
-def picture(seed, size=(60, 50)):
-    """The bytes of a random picture, the same for the same seed."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test works in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def table(cases):
+    """Arguments of pytest.mark.parametrize for {id: values}."""
+    return {"argvalues": list(cases.values()), "ids": cases}
+
+
+def write_zip(path, entries):
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+
+
+# ----------------------------------------------------------------------------------------------
+# loading landscapes
+
+LAYOUTS = {
+    "channels last": ("images", lambda a: a),
+    "channels first": ("images", lambda a: a.transpose(0, 3, 1, 2)),
+    "flattened": ("images", lambda a: a.reshape(len(a), -1)),
+    "float32 in 0..1": ("images", lambda a: a.astype(np.float32) / 255),
+    "float64 in 0..255, channels first": ("images", lambda a: a.transpose(0, 3, 1, 2) * 1.0),
+    "float16 in 0..1, flattened": ("images", lambda a: (a / 255).astype("f2").reshape(-1, 6912)),
+    "Fortran order": ("images", np.asfortranarray),
+    "int32 labels": ("labels", lambda a: a.astype(np.int32)),
+    "labels in a column": ("labels", lambda a: a[:, None]),
+    "uint8 labels in a column": ("labels", lambda a: a[:, None].astype(np.uint8)),
+}
+
+
+@pytest.mark.parametrize(("kind", "change"), **table(LAYOUTS))
+def test_every_layout_gives_the_same_data(arrays, landscapes, kind, change):
+    changed = {key: change(a) if key.endswith(kind) else a for key, a in arrays.items()}
+    np.savez_compressed("x.npz", **changed)
+    loaded = utils.load_landscapes(Path("x.npz"))
+    assert loaded.name == "photographs"
+    assert loaded.fingerprint == landscapes.fingerprint
+    for split in SPLITS:
+        for tensor, expected in zip(loaded.splits[split], landscapes.splits[split]):
+            assert tensor.dtype == expected.dtype
+            assert torch.equal(tensor, expected)
+
+
+def test_the_fingerprint_depends_on_each_pixel_and_label(landscapes):
+    images, labels = landscapes.splits["val"]
+    other_images, other_labels = images.clone(), labels.clone()
+    other_images[3, 1, 5, 7] += 1
+    other_labels[0] += 1
+    for changed in ((other_images, labels), (images, other_labels)):
+        other = utils.Landscapes(landscapes.splits | {"val": changed})
+        assert other.fingerprint != landscapes.fingerprint
+
+
+BAD_ARRAYS = {
+    "32 pixels": ("test_images", lambda a: a[:, :32, :32], "shape"),
+    "grey images": ("train_images", lambda a: a[..., 0], "shape"),
+    "a number": ("train_images", lambda a: np.uint8(3), "shape"),
+    "int64 images": ("train_images", lambda a: a.astype(np.int64), "type int64"),
+    "strings": ("train_images", lambda a: a.astype(str), "type"),
+    "NaN": ("val_images", lambda a: np.where(a == a.max(), np.nan, a), "nan"),
+    "floats up to 256": ("val_images", lambda a: a * np.float32(0) + 256, "256"),
+    "negative floats": ("val_images", lambda a: a * -1.0, "values from"),
+    "no images": ("val_images", lambda a: a[:0], "no images"),
+    "label 6": ("train_labels", lambda a: a + 1, "labels 1 to 6"),
+    "label -1": ("train_labels", lambda a: a - 1, "labels -1 to 4"),
+    "float labels": ("train_labels", lambda a: a * 1.0, "type float64"),
+    "one-hot labels": ("train_labels", lambda a: np.eye(6, dtype=int)[a], "shape"),
+    "a label too few": ("test_labels", lambda a: a[:-1], "12 test_images but 11 test_labels"),
+}
+
+
+@pytest.mark.parametrize(("key", "change", "message"), **table(BAD_ARRAYS))
+def test_bad_arrays_are_named(arrays, key, change, message):
+    np.savez("x.npz", **arrays | {key: change(arrays[key])})
+    with pytest.raises(UserError, match=rf"x\.npz.*{message}") as error:
+        utils.load_landscapes(Path("x.npz"))
+    assert key in str(error.value)
+
+
+class Bomb:
+    """Unpickling it writes the file `exploded`."""
+
+    def __reduce__(self):
+        return (open, ("exploded", "w"))
+
+
+BAD_FILES = {
+    "missing": (lambda path, good: None, "no such file"),
+    "empty": (lambda path, good: path.write_bytes(b""), "not a readable"),
+    "text": (lambda path, good: path.write_text("not an npz"), "not a readable"),
+    "a folder": (lambda path, good: path.mkdir(), "not a readable"),
+    "a pickle": (lambda path, good: path.write_bytes(pickle.dumps(Bomb())), "not a readable"),
+    "one array": (lambda path, good: np.save(path.open("wb"), np.zeros(3)), "single array"),
+    "other arrays": (lambda path, good: np.savez(path, val_labels=[1]), "has no .*val_images"),
+    "another zip archive": (lambda path, good: write_zip(path, {"a.txt": ""}), "has no"),
+    "cut at 1 %": (lambda path, good: path.write_bytes(good[: len(good) // 100]), "not a readable"),
+    "cut at 99.9 %": (lambda path, good: path.write_bytes(good[: -len(good) // 1000]), "not a"),
+    "damaged": (
+        lambda path, good: path.write_bytes(good.replace(good[9000:9020], b"?" * 20)),
+        "CRC",
+    ),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), **table(BAD_FILES))
+def test_bad_files_are_named_and_run_no_code(landscapes_path, write, message):
+    write(Path("x.npz"), landscapes_path.read_bytes())
+    with pytest.raises(UserError, match=rf"x\.npz: .*{message}"):
+        utils.load_landscapes(Path("x.npz"))
+    assert not Path("exploded").exists()
+
+
+# ----------------------------------------------------------------------------------------------
+# reading images
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+SHADES = np.linspace(0, 65535, 48 * 48).astype(np.uint16).reshape(48, 48)
+FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (48, 48))]}
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # the orientation of the camera
+
+EXACT = {  # (pixels of a file, options of Image.save, pixels that are read)
+    "48 pixels": (PIXELS, {}, PIXELS),
+    "16 bits": (SHADES, {}, np.repeat(SHADES[..., None] // 257, 3, 2)),
+    "first frame of an animation": (PIXELS, FRAMES, PIXELS),
+    "turned 90 degrees clockwise": (PIXELS, {"exif": TURNED}, np.rot90(PIXELS, -1)),
+}
+
+
+@pytest.mark.parametrize(("pixels", "options", "expected"), **table(EXACT))
+def test_images_of_48_pixels_are_not_resampled(pixels, options, expected):
+    Image.fromarray(pixels).save("x.png", **options)
+    assert np.array_equal(utils.read_image("x.png").permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1", "LA"])
+def test_images_of_every_mode_and_size(mode):
+    Image.new("RGB", (97, 33), (200, 0, 0)).convert(mode).save("x.tiff")
+    image = utils.read_image("x.tiff")
+    assert image.dtype == torch.uint8
+    assert image.shape == (3, 48, 48)
+    expected = [60, 60, 60] if mode in ("L", "LA", "1") else [200, 0, 0]  # mode 1 is dithered
+    assert image.float().mean((1, 2)).tolist() == pytest.approx(expected, abs=1)
+
+
+def test_resizing_averages():
+    stripes = np.zeros((480, 480, 3), np.uint8)
+    stripes[:, ::2] = 255  # without antialiasing every pixel would be 0 or 255
+    Image.fromarray(stripes).save("x.png")
+    assert 110 < utils.read_image("x.png").min() <= utils.read_image("x.png").max() < 145
+
+
+def test_formats_that_pillow_lacks_do_not_affect_the_others(monkeypatch):
+    Image.new("RGB", (48, 48)).save("x.png")
+    monkeypatch.setattr(utils, "IMAGE_FORMATS", ("UNKNOWN", "PNG"))
+    assert utils.read_image("x.png").shape == (3, 48, 48)
+
+
+BAD_IMAGES = {
+    "empty": (lambda path: path.write_bytes(b""), "cannot identify"),
+    "text": (lambda path: path.write_bytes(b"hello"), "cannot identify"),
+    "only a header": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)), ""),
+    "floats": (lambda path: Image.new("F", (60, 60), 0.5).save(path, "tiff"), "floats of unknown"),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), **table(BAD_IMAGES))
+def test_bad_images_are_named(write, message):
+    write(Path("x.png"))
+    with pytest.raises(UserError, match=rf"x\.png: not a readable image \(.*{message}"):
+        utils.read_image("x.png")
+
+
+# ----------------------------------------------------------------------------------------------
+# loading pronunciations
+
+
+def load_words(text, split="valid"):
+    """Load three files of one line each, but for `text` in that of `split`."""
+    for name in ("train", "valid", "test"):
+        content = text if name == split else "k æ t\tcat\n"
+        content = content if isinstance(content, bytes) else content.encode()
+        Path(f"{name}.tsv").write_bytes(content)
+    return utils.load_pronunciations(Path())
+
+
+CAT, CAFE = (("k", "æ", "t"), "cat"), (("k", "a", "f", "e"), "caf\u00e9")
+
+GOOD_WORDS = {
+    "two words": ("k æ t\tcat\nk a f e\tcafé\n", [CAT, CAFE]),
+    "no newline at the end": ("k æ t\tcat", [CAT]),
+    "Windows line endings": ("k æ t\tcat\r\nk a f e\tcafé\r\n", [CAT, CAFE]),
+    "byte order mark": ("\ufeffk æ t\tcat\n", [CAT]),
+    "decomposed accents": ("k a f e\tcafe\u0301\n", [CAFE]),
+    "additional spaces": (" k  æ t \t cat \n", [CAT]),
+    "repeated word": ("k æ t\tcat\nk æ t\tcat\n", [CAT, CAT]),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), **table(GOOD_WORDS))
+def test_pronunciations_are_read(text, expected):
+    data = load_words(text)
+    assert data.splits == {"train": [CAT], "val": expected, "test": [CAT]}
+    assert data.name == "pronunciations"
+
+
+BAD_WORDS = {
+    "empty": ("", ": is empty"),
+    "no tab": ("k æ t\tcat\nk æ t cat\n", ", line 2: 1 fields"),
+    "three fields": ("k æ t\tcat\t1\n", ", line 1: 3 fields"),
+    "a blank line": ("k æ t\tcat\n\nk æ t\tcat\n", ", line 2: 1 fields"),
+    "no spelling": ("k æ t\t\n", ", line 1: an empty field"),
+    "no phonemes": (" \tcat\n", ", line 1: an empty field"),
+    "a long field": ("k æ t\t" + "t" * 1001, ", line 1: a field of more than 1,000 characters"),
+    "a control character": ("k æ t\tc\x07at\n", ", line 1: a control character"),
+    "a carriage return": ("k æ t\tcat\rk æ t\tcat\n", ", line 1: 3 fields"),
+    "hidden text": ("k æ t\tcat\nk æ t\tc\u202eat\n", ", line 2: a control character"),
+    "Latin-1": ("k æ t\tcat\n".encode() + b"k a f e\tcaf\xe9\n", ", line 2: not UTF-8"),
+    "a surrogate": (b"k a\t\xed\xa0\x80\n", ", line 1: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), **table(BAD_WORDS))
+def test_bad_lines_are_named(content, message):
+    with pytest.raises(UserError, match=rf"test\.tsv{message}"):
+        load_words(content, "test")
+
+
+def test_lists_that_are_not_files():
+    with pytest.raises(UserError, match=r"train\.tsv: no such file"):
+        utils.load_pronunciations(Path())
+    Path("train.tsv").mkdir()
+    with pytest.raises(UserError, match=r"train\.tsv: cannot be read"):
+        utils.load_pronunciations(Path())
+
+
+def test_the_fingerprint_depends_on_the_words():
+    texts = "k æ t\tcat\n", "k æ t\tcat\n", "k æ t\tcats\n", "k æ d\tcat\n"
+    first, again, *others = (load_words(text).fingerprint for text in texts)
+    assert first == again
+    assert first not in others
+
+
+# ----------------------------------------------------------------------------------------------
+# preparing landscapes
+
+
+def png(seed):
+    """The bytes of a random image, the same for the same seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (50, 60, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
 
 
-def entries():
-    """{path: bytes} of a small archive laid out as Kaggle's: 81 training, 12 test pictures."""
-    found = {}
-    for label, (name, count) in enumerate(COUNTS.items()):
-        for i in range(count):
-            found[f"seg_train/seg_train/{name}/{i}.png"] = picture(1000 * label + i)
-        for i in range(2):
-            found[f"seg_test/seg_test/{name}/t{i}.png"] = picture(1000 * label + 500 + i)
-    found["seg_pred/seg_pred/5.jpg"] = picture(9)
-    found["seg_train/seg_train/readme.txt"] = b"not a picture"
-    return found
+# An archive in Kaggle's layout: 11, 12, ... 16 training images of each class and 2 test images.
+TRAIN, TEST = "seg_train/seg_train", "seg_test/seg_test"
+ENTRIES = {"seg_pred/seg_pred/5.jpg": png(9), f"{TRAIN}/readme.txt": b"not an image"}
+for label, name in enumerate(CLASSES):
+    ENTRIES |= {f"{TRAIN}/{name}/{i}.png": png(1000 * label + i) for i in range(11 + label)}
+    ENTRIES |= {f"{TEST}/{name}/t{i}.png": png(1000 * label + 500 + i) for i in range(2)}
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory):
-    path = tmp_path_factory.mktemp("kaggle") / "archive.zip"
-    write_zip(path, entries())
-    return path
+def prepare(argv, entries=ENTRIES):
+    """The splits that `argv` makes of x.zip, into which `entries` are written."""
+    write_zip("x.zip", entries)
+    prepare_landscapes.main([*argv.split(), "--output", "x.npz"])
+    return utils.load_landscapes(Path("x.npz")).splits
 
 
-def write_zip(path, content):
-    with zipfile.ZipFile(path, "w") as file:
-        for name, data in content.items():
-            file.writestr(name, data)
+def class_counts(*splits):
+    return torch.bincount(torch.cat([labels for _, labels in splits])).tolist()
 
 
-def prepare(*argv):
-    prepare_landscapes.main([str(word) for word in argv])
+def test_archive_and_folder_give_the_same_file(capsys):
+    splits = prepare("--archive x.zip")
+    assert "Duplicate images: none" in capsys.readouterr().out
+    # ceil(.1 * 81) = 9 validation images: the quotas 1.22, 1.33, 1.44, 1.56, 1.67, 1.78 rounded
+    # down make 6, and the 3 others go to the largest remainders
+    assert class_counts(splits["val"]) == [1, 1, 1, 2, 2, 2]
+    assert class_counts(splits["train"]) == [10, 11, 12, 12, 13, 14]
+    assert class_counts(splits["test"]) == [2] * 6
+    before = Path("x.npz").read_bytes()
+    with zipfile.ZipFile("x.zip") as file:
+        file.extractall("unpacked")
+    prepare("--folder unpacked")
+    assert Path("x.npz").read_bytes() == before
 
 
-# ----------------------------------------------------------------------------------------------
-# preparing
+def test_images_keep_their_pixels_and_labels():
+    names = sorted(path for path in ENTRIES if path.startswith(TEST))
+    for image, label, name in zip(*prepare("--archive x.zip")["test"], names):
+        assert CLASSES[label] == name.split("/")[2]
+        assert torch.equal(image, utils.read_image(io.BytesIO(ENTRIES[name])))
 
 
-def test_archive_and_folder_give_the_same_file(archive, tmp_path, capsys):
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(tmp_path / "unpacked")
-    prepare("--archive", archive, "--output", tmp_path / "a.npz")
-    prepare("--folder", tmp_path / "unpacked", "--output", tmp_path / "b.npz")
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    loaded = utils.load_landscapes(tmp_path / "a.npz")
-    # ceil(.1 * 81) = 9 validation pictures, the quotas 1.22, 1.33, 1.44, 1.56, 1.67, 1.78
-    # rounded down to 6 and the 3 left given to the largest remainders
-    assert torch.bincount(loaded.splits["val"][1]).tolist() == [1, 1, 1, 2, 2, 2]
-    assert torch.bincount(loaded.splits["train"][1]).tolist() == [10, 11, 12, 12, 13, 14]
-    assert torch.bincount(loaded.splits["test"][1]).tolist() == [2] * 6
-    output = capsys.readouterr().out
-    assert "no picture stands twice" in output
-    assert "seg_pred" not in output
-
-
-def test_pictures_keep_their_labels_and_pixels(archive, tmp_path):
-    prepare("--archive", archive, "--output", tmp_path / "a.npz")
-    images, labels = utils.load_landscapes(tmp_path / "a.npz").splits["test"]
-    for label in range(6):
-        expected = {
-            utils.read_picture(io.BytesIO(picture(1000 * label + 500 + i))).numpy().tobytes()
-            for i in range(2)
-        }
-        assert {image.numpy().tobytes() for image in images[labels == label]} == expected
-
-
-def test_the_seed_chooses_the_validation_pictures(archive, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        prepare("--archive", archive, "--output", tmp_path / f"{name}.npz", "--seed", seed)
-    a, b, c = ((tmp_path / f"{name}.npz").read_bytes() for name in "abc")
-    assert a == b
-    assert a != c
+def test_the_seed_chooses_the_validation_images():
+    a, b, c = (prepare(f"--archive x.zip --seed {seed}")["val"][0] for seed in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
 
 
 @pytest.mark.parametrize("size", [1, 7, 10, 14034, 14039])
@@ -102,125 +333,234 @@ def test_validation_has_a_tenth_rounded_up(size):
     labels = torch.arange(size) % 6
     mask = prepare_landscapes.split_validation(labels, seed=0)
     assert mask.sum() == -(-size // 10)
-    shares = torch.bincount(labels[mask], minlength=6) - torch.bincount(labels, minlength=6) / 10
-    assert shares.abs().max() <= 1
+    excess = torch.bincount(labels[mask], minlength=6) - torch.bincount(labels, minlength=6) / 10
+    assert excess.abs().max() <= 1
 
 
-def test_audit_names_duplicates_and_can_drop_them(tmp_path, capsys):
-    content = entries()
-    train, test = "seg_train/seg_train", "seg_test/seg_test"
-    content[f"{train}/sea/twin.png"] = content[f"{train}/sea/0.png"]
-    content[f"{train}/mountain/two_labels.png"] = content[f"{train}/glacier/0.png"]
-    content[f"{train}/forest/leak.png"] = content[f"{test}/forest/t0.png"]
-    write_zip(tmp_path / "x.zip", content)
-    prepare("--archive", tmp_path / "x.zip", "--output", tmp_path / "x.npz")
-    lines = capsys.readouterr().out.splitlines()
-    assert "  twice: train/sea/0.png = train/sea/twin.png" in lines
+def test_duplicates_are_named_and_can_be_dropped(capsys):
+    entries = ENTRIES | {
+        f"{TRAIN}/sea/twin.png": ENTRIES[f"{TRAIN}/sea/0.png"],
+        f"{TRAIN}/mountain/two_labels.png": ENTRIES[f"{TRAIN}/glacier/0.png"],
+        f"{TRAIN}/forest/leak.png": ENTRIES[f"{TEST}/forest/t0.png"],
+    }
+    splits = prepare("--archive x.zip", entries)
+    assert class_counts(splits["train"], splits["val"]) == [11, 13, 13, 15, 16, 16]
     pair = "train/glacier/0.png = train/mountain/two_labels.png"
-    assert f"  twice, under two labels: {pair}" in lines
-    assert "  in training and test: train/forest/leak.png = test/forest/t0.png" in lines
-    assert any(line.startswith("Audit: ") and "1 twice, under" in line for line in lines)
-
-    prepare("--archive", tmp_path / "x.zip", "--output", tmp_path / "y.npz", "--drop_duplicates")
-    splits = utils.load_landscapes(tmp_path / "y.npz").splits
-    left = torch.bincount(torch.cat((splits["train"][1], splits["val"][1]))).tolist()
-    assert left == [11, 12, 12, 14, 15, 16]  # both of the pair under two labels are gone
-    assert len(splits["test"][1]) == 12
-
-
-def test_broken_pictures_are_named_counted_and_left_out(tmp_path, capsys):
-    content = entries()
-    content["seg_train/seg_train/sea/0.png"] = b"not a picture"
-    content["seg_test/seg_test/sea/t0.png"] = content["seg_test/seg_test/sea/t0.png"][:300]
-    write_zip(tmp_path / "x.zip", content)
-    prepare("--archive", tmp_path / "x.zip", "--output", tmp_path / "x.npz")
-    output = capsys.readouterr().out
-    assert "broken, left out: train/sea/0.png" in output
-    assert "broken, left out: test/sea/t0.png" in output
-    assert "2 broken pictures left out" in output
-    assert len(utils.load_landscapes(tmp_path / "x.npz").splits["test"][1]) == 11
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "  in training and test: train/forest/leak.png = test/forest/t0.png",
+        f"  in one split, under two labels: {pair}",
+        "  in one split: train/sea/0.png = train/sea/twin.png",
+        "Duplicate images: 1 in training and test; 1 in one split, under two labels; "
+        "1 in one split",
+    ]
+    splits = prepare("--archive x.zip --drop_duplicates", entries)
+    assert class_counts(splits["train"], splits["val"]) == [11, 12, 12, 14, 15, 16]
+    assert class_counts(splits["test"]) == [2] * 6
 
 
-def a_link(path):
-    write_zip(path, entries())
-    with zipfile.ZipFile(path, "a") as file:
-        entry = zipfile.ZipInfo("seg_train/seg_train/sea/link.png")
-        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-        file.writestr(entry, "/etc/passwd")
+def test_broken_images_are_named_and_left_out(capsys):
+    cut = ENTRIES[f"{TEST}/sea/t0.png"][:300]
+    broken = {f"{TRAIN}/sea/0.png": b"not an image", f"{TEST}/sea/t0.png": cut}
+    splits = prepare("--archive x.zip", ENTRIES | broken)
+    assert class_counts(splits["test"]) == [2, 2, 2, 2, 1, 2]
+    assert class_counts(splits["train"], splits["val"]) == [11, 12, 13, 14, 14, 16]
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "  broken, left out: test/sea/t0.png",
+        "  broken, left out: train/sea/0.png",
+        "2 broken images left out",
+    ]
 
 
-def a_bomb(path):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("seg_train/seg_train/sea/big.png", bytes(65 * 2**20))
+def with_entry(name, content=b"", **attributes):
+    """Write an archive that has one more entry; attributes: of its ZipInfo."""
+    entry = zipfile.ZipInfo(name)
+    for attribute, value in attributes.items():
+        setattr(entry, attribute, value)
+    return lambda path: write_zip(path, ENTRIES | {entry: content})
 
 
-def with_entry(name):
-    return lambda path: write_zip(path, entries() | {name: picture(1)})
-
-
-def patched(mark, offset, byte):
-    """Write an archive with a byte of its directory changed, `offset` after the last `mark`."""
+def changed(change):
+    """Write an archive whose bytes are changed."""
 
     def write(path):
-        write_zip(path, entries() | {"seg_train/é.png": picture(1)})
-        content = bytearray(path.read_bytes())
-        place = content.rindex(mark) + offset
-        content[place : place + 1] = byte
-        path.write_bytes(content)
+        write_zip(path, ENTRIES | {"é": b""})
+        path.write_bytes(change(path.read_bytes()))
 
     return write
 
 
-HOSTILE = {
-    "a parent path": (with_entry("seg_train/../../sea/x.png"), "path"),
-    "a parent path, backslashes": (with_entry("seg_train\\..\\..\\x.png"), "path"),
-    "an absolute path": (with_entry("/seg_train/sea/x.png"), "path"),
-    "a drive": (with_entry("C:/seg_train/sea/x.png"), "path"),
-    "a link": (a_link, "is a link"),
-    "an absurd size": (a_bomb, "unpacks to 65 MiB"),
-    "of a later version": (patched(b"PK\x01\x02", 6, b"\x63"), "not a readable zip"),
-    "a name that is no UTF-8": (patched("é".encode(), 0, b"\xff"), "not a readable zip"),
-    "not a zip": (lambda path: path.write_bytes(b"hello"), "not a readable zip"),
-    "empty": (lambda path: path.write_bytes(b""), "not a readable zip"),
+NAME, LINK_MODE = f"{TRAIN}/sea/x.png", (stat.S_IFLNK | 0o777) << 16
+TWO_IMAGES = {f"{TRAIN}/sea/1.png": png(1), f"{TEST}/sea/1.png": png(2)}
+
+BAD_ARCHIVES = {
+    "a parent path": (with_entry("seg_train/../../sea/x.png"), "points outside"),
+    "a parent path, backslashes": (with_entry("seg_train\\..\\..\\x.png"), "points outside"),
+    "an absolute path": (with_entry("/seg_train/sea/x.png"), "points outside"),
+    "a drive": (with_entry("C:/seg_train/sea/x.png"), "points outside"),
+    "a link": (with_entry(NAME, b"/etc/passwd", external_attr=LINK_MODE), "is a link"),
+    "a huge entry": (with_entry(NAME, bytes(65 * 2**20)), "unpacks to 65 MiB"),
+    "a later zip version": (with_entry(NAME, extract_version=99), "not a readable zip"),
+    "a name not in UTF-8": (
+        changed(lambda b: b.replace("é".encode(), b"\xff\xff")),
+        "not a readable zip",
+    ),
+    "cut": (changed(lambda b: b[:-2000]), "not a readable zip"),
+    "text": (changed(lambda b: b"hello"), "not a readable zip"),
+    "empty": (changed(lambda b: b""), "not a readable zip"),
     "missing": (lambda path: None, "not a readable zip"),
-    "without pictures": (lambda path: write_zip(path, {"a.txt": b""}), "no train pictures found"),
+    "no images": (lambda path: write_zip(path, {"a.txt": b""}), "no train images found"),
+    "two images": (lambda path: write_zip(path, TWO_IMAGES), "too few training images"),
 }
 
 
-@pytest.mark.parametrize(("write", "message"), HOSTILE.values(), ids=HOSTILE)
-def test_hostile_archives_are_refused(tmp_path, fails, write, message):
-    write(tmp_path / "x.zip")
-    (tmp_path / "out.npz").write_text("earlier")
-    argv = ["--archive", tmp_path / "x.zip", "--output", tmp_path / "out.npz"]
+@pytest.mark.parametrize(("write", "message"), **table(BAD_ARCHIVES))
+def test_bad_archives_are_refused_as_a_whole(fails, write, message):
+    write(Path("x.zip"))
+    Path("x.npz").write_text("earlier")
+    argv = ["--archive", "x.zip", "--output", "x.npz"]
     assert message in fails(prepare_landscapes.main, argv)
-    assert (tmp_path / "out.npz").read_text() == "earlier"
+    assert Path("x.npz").read_text() == "earlier"
 
 
-def test_truncated_archive(tmp_path, archive, fails):
-    (tmp_path / "x.zip").write_bytes(archive.read_bytes()[:-2000])
-    argv = ["--archive", tmp_path / "x.zip", "--output", tmp_path / "out.npz"]
-    assert "not a readable zip" in fails(prepare_landscapes.main, argv)
-    assert not (tmp_path / "out.npz").exists()
+def test_real_photographs(real_data, capsys):
+    splits = prepare(f"--archive {real_data / 'intel_scenes_48px.zip'}")
+    assert [len(splits[split][1]) for split in SPLITS] == [12635, 1404, 3000]
+    assert class_counts(splits["test"]) == [437, 474, 553, 525, 510, 501]
+    counts = "10 in one split, under two labels; 3 in training and test, under two labels; "
+    assert f"Duplicate images: {counts}5 in one split" in capsys.readouterr().out
 
 
-def test_missing_folder(tmp_path, fails):
-    assert "no such folder" in fails(prepare_landscapes.main, ["--folder", tmp_path / "none"])
+# ----------------------------------------------------------------------------------------------
+# preparing pronunciations
+
+SIZES = "--train 40 --valid 7 --test 9 "
 
 
-@pytest.mark.parametrize("argv", [[], ["--archive", "a", "--folder", "b"], ["--folders", "x"]])
-def test_wrong_command_lines(argv, fails):
-    fails(prepare_landscapes.main, argv)
+def write_list(path):
+    """60 spellings, every third of them with two pronunciations."""
+    lines = [f"word{i}\tw ɜ {i}\n" + f"word{i}\tw ɚ {i}\n" * (i % 3 == 0) for i in range(60)]
+    path.write_bytes("".join(lines).encode())
 
 
-def test_real_photographs(real_data, tmp_path, capsys):
-    archive = real_data / "intel_scenes_48px.zip"
-    prepare("--archive", archive, "--output", tmp_path / "real.npz")
-    splits = utils.load_landscapes(tmp_path / "real.npz").splits
-    assert [len(splits[split][1]) for split in utils.SPLITS] == [12635, 1404, 3000]
-    assert torch.bincount(splits["test"][1]).tolist() == [437, 474, 553, 525, 510, 501]
-    output = capsys.readouterr().out
-    counts = "10 twice, under two labels; 3 in training and test, under two labels; 5 twice"
-    assert f"Audit: {counts}" in output
+def prepare_words(output_dir, argv):
+    """The splits that `argv` makes of list.tsv."""
+    write_list(Path("list.tsv"))
+    prepare_pronunciations.main([*argv.split(), "--output_dir", output_dir])
+    return utils.load_pronunciations(Path(output_dir))
+
+
+def assert_split(data, *sizes):
+    """The splits have these sizes, and no spelling occurs in two of them."""
+    assert [len(data.splits[split]) for split in SPLITS] == list(sizes)
+    spellings = [{word for _, word in data.splits[split]} for split in SPLITS]
+    assert len(set.union(*spellings)) == sum(map(len, spellings))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_pronunciations_are_split_by_spelling(capsys):
+    data = prepare_words("a", SIZES + "--tsv list.tsv")
+    assert "Wrote 40 pairs" in capsys.readouterr().out
+    assert_split(data, 40, 7, 9)
+    pairs = {pair for split in data.splits.values() for pair in split}
+    assert len(pairs) == 56
+    assert all(sound[0] == "w" and word == f"word{sound[2]}" for sound, word in pairs)
+    again = prepare_words("b", SIZES + "--tsv list.tsv")
+    other = prepare_words("c", SIZES + "--tsv list.tsv --seed 1")
+    assert again.fingerprint == data.fingerprint != other.fingerprint
+
+
+def test_all_remaining_pairs_can_be_trained_on():
+    assert_split(prepare_words("a", SIZES + "--tsv list.tsv --train all"), 80 - 16, 7, 9)
+
+
+def test_keep_makes_a_larger_training_set_for_the_same_test_words():
+    small = prepare_words("small", SIZES + "--tsv list.tsv")
+    Path("small/valid.tsv").write_text("w ɜ x\tword of another list\n", encoding="utf-8")
+    large = prepare_words("large", "--tsv list.tsv --keep small --train all")
+    assert_split(large, 80 - 9, 1, 9)
+    assert large.splits["test"] == small.splits["test"]
+    assert large.splits["val"] == [(("w", "ɜ", "x"), "word of another list")]
+
+
+def test_other_words_are_replaced_only_by_request(fails):
+    argv = SIZES + "--tsv list.tsv"
+    first = prepare_words("a", argv).fingerprint
+    assert prepare_words("a", argv).fingerprint == first
+    line = fails(prepare_pronunciations.main, f"{argv} --output_dir a --seed 1".split())
+    assert "train.tsv: has other words; give --replace" in line
+    assert utils.load_pronunciations(Path("a")).fingerprint == first
+    assert prepare_words("a", f"{argv} --seed 1 --replace").fingerprint != first
+
+
+@pytest.mark.parametrize("file", [1, 2, 3])
+def test_a_full_disk_leaves_the_earlier_files(monkeypatch, fails, file):
+    prepare_words("a", SIZES + "--tsv list.tsv")
+    before, successes = contents("a"), iter(range(file - 1))
+
+    def fsync(number):
+        if next(successes, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    argv = SIZES + "--tsv list.tsv --output_dir a --seed 1 --replace"
+    assert "cannot be written" in fails(prepare_pronunciations.main, argv.split())
+    assert contents("a") == before
+
+
+@pytest.mark.parametrize("language", ["eng_latn_us", "eng_latn_uk", "por_latn_po"])
+def test_real_wikipron(real_data, language):
+    data = prepare_words("a", f"--tsv {real_data}/wikipron/{language}_broad.tsv")
+    assert_split(data, 10_000, 1000, 1000)
+
+
+def test_all_of_wikipron_beside_the_assignments_words(real_data):
+    argv = f"--tsv {real_data}/wikipron/eng_latn_us_broad.tsv --keep {real_data}/pronunciations"
+    data = prepare_words("a", f"{argv} --train all")
+    assert [len(data.splits[split]) for split in SPLITS] == [75049, 1000, 1000]
+
+
+# ----------------------------------------------------------------------------------------------
+# command lines
+
+PHOTOGRAPHS, WORDS = prepare_landscapes.main, prepare_pronunciations.main
+
+BAD_COMMANDS = {
+    "photographs, no source": (PHOTOGRAPHS, "", "required"),
+    "photographs, two sources": (PHOTOGRAPHS, "--archive a --folder b", "not allowed"),
+    "photographs, unknown option": (PHOTOGRAPHS, "--archive a --folders x", "--folders"),
+    "photographs, no folder": (PHOTOGRAPHS, "--folder none", "none: no such folder"),
+    "photographs, output folder": (PHOTOGRAPHS, "--archive a --output .", "ends in .npz"),
+    "photographs, no .npz": (PHOTOGRAPHS, "--archive a --output x", "ends in .npz"),
+    "words, no source": (WORDS, "", "required"),
+    "words, two sources": (WORDS, "--tsv x --language y", "not allowed"),
+    "words, no file": (WORDS, "--tsv none.tsv", "none.tsv: no such file"),
+    "words, a path as a language": (WORDS, "--language ../x", "is not a name"),
+    "words, size 0": (WORDS, "--tsv list.tsv --valid 0", "argument --valid"),
+    "words, unknown size": (WORDS, "--tsv list.tsv --train most", "argument --train"),
+    "words, too few": (WORDS, f"--tsv list.tsv {SIZES} --train 400", "train needs 400, has 64"),
+    "words, none remain": (WORDS, "--tsv list.tsv --test 73 --valid 7 --train all", "has 0"),
+    "words, output over the list": (WORDS, "--tsv ./train.tsv", "would be overwritten"),
+    "words, output in a file": (
+        WORDS,
+        f"--tsv list.tsv {SIZES} --output_dir list.tsv",
+        "cannot be",
+    ),
+    "words, sizes with --keep": (WORDS, "--tsv x --keep y --test 3", "leave out --valid"),
+    "words, --keep of the output": (WORDS, "--tsv list.tsv --keep .", "its own training pairs"),
+    "words, --keep of no folder": (WORDS, "--tsv list.tsv --keep x", "test.tsv: no such file"),
+}
+
+
+@pytest.mark.parametrize(("main", "argv", "message"), **table(BAD_COMMANDS))
+def test_bad_commands_write_nothing(folder, fails, main, argv, message):
+    write_list(folder / "list.tsv")
+    before = contents(folder)
+    output = ["--output_dir", "."] if main is WORDS else ["--output", "x.npz"]
+    assert message in fails(main, [*output, *argv.split()])
+    assert contents(folder) == before
 
 
 # ----------------------------------------------------------------------------------------------
@@ -228,266 +568,104 @@ def test_real_photographs(real_data, tmp_path, capsys):
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; a file called cut.zip stops in its middle."""
+    """Serves a folder; of files called cut*, only the first half."""
 
     def log_message(self, *args):
         pass
 
     def copyfile(self, source, outputfile):
         content = source.read()
-        outputfile.write(content[: len(content) // 2] if "cut" in self.path else content)
+        outputfile.write(content[: len(content) // 2] if "/cut" in self.path else content)
 
 
-@pytest.fixture
-def server(archive):
-    handler = partial(Server, directory=archive.parent)
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a server that has archive.zip, xyz.tsv, cut.zip and cut.tsv."""
+    folder = tmp_path_factory.mktemp("server")
+    for archive, words in (("archive.zip", "xyz.tsv"), ("cut.zip", "cut.tsv")):
+        write_zip(folder / archive, ENTRIES)
+        write_list(folder / words)
+    handler = partial(Server, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
 
-def test_download(server, archive, tmp_path, capsys):
-    argv = "--download", "--url", f"{server}/archive.zip", "--output", tmp_path / "x.npz"
-    prepare(*argv)
-    prepare("--archive", archive, "--output", tmp_path / "y.npz")
-    assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.npz").read_bytes()
-    capsys.readouterr()
-    prepare(*argv)  # does not fetch again what is there, whole
-    output = capsys.readouterr().out
-    assert "is there already" in output
-    assert "Downloading" not in output
+def test_downloading_photographs(server, capsys):
+    Path("intel-image-classification.zip").write_bytes(b"damaged")  # it is replaced
+    downloaded = prepare(f"--download --url {server}/archive.zip")
+    assert "Downloading" in capsys.readouterr().out
+    assert class_counts(downloaded["val"]) == [1, 1, 1, 2, 2, 2]
+    prepare("--download --url nonsense")
+    assert "is already there" in capsys.readouterr().out
 
 
-def test_download_replaces_a_broken_archive(server, tmp_path):
-    (tmp_path / "intel-image-classification.zip").write_bytes(b"half a download")
-    prepare("--download", "--url", f"{server}/archive.zip", "--output", tmp_path / "x.npz")
-    assert (tmp_path / "x.npz").exists()
+def test_downloading_a_list(server):
+    argv = SIZES + "--language xyz --url "
+    data = prepare_words("a", f"{argv} {server}/{{language}}.tsv")
+    assert data.fingerprint == prepare_words("b", SIZES + "--tsv list.tsv").fingerprint
+    assert data.fingerprint == prepare_words("a", f"{argv} nonsense").fingerprint
 
 
-@pytest.mark.parametrize("page", ["nothing.zip", "cut.zip"])
-def test_failed_download(server, archive, tmp_path, fails, page):
-    (archive.parent / "cut.zip").write_bytes(archive.read_bytes())
-    argv = ["--download", "--url", f"{server}/{page}", "--output", tmp_path / "x.npz"]
-    assert page in fails(prepare_landscapes.main, argv)
-    assert list(tmp_path.iterdir()) == []
+BAD_ADDRESSES = {
+    "no such file": "{server}/nothing.zip",
+    "cut archive": "{server}/cut.zip",
+    "cut list": "{server}/cut.tsv",
+    "closed port": "http://127.0.0.1:9/x.zip",
+    "not an address": "nonsense",
+    "unknown protocol": "nonsense://x",
+}
+DOWNLOADS = {
+    "photographs": (PHOTOGRAPHS, "--download --output out/x.npz --url"),
+    "words": (WORDS, "--language xyz --output_dir out --url"),
+}
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.zip", "nonsense", "nonsense://x"])
-def test_bad_address(url, tmp_path, fails):
-    argv = ["--download", "--url", url, "--output", tmp_path / "x.npz"]
-    assert url in fails(prepare_landscapes.main, argv)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(("main", "argv"), **table(DOWNLOADS))
+@pytest.mark.parametrize("url", BAD_ADDRESSES.values(), ids=BAD_ADDRESSES)
+def test_failed_downloads_leave_nothing(server, fails, main, argv, url):
+    url = url.format(server=server)
+    assert url in fails(main, [*argv.split(), url])
+    assert contents("out") == {}
 
 
 # ----------------------------------------------------------------------------------------------
-# the built-in sample
+# the built-in samples
 
 
-def test_sample_repeats_itself_and_is_balanced():
+def test_sample_landscapes():
     data = sample.draw_landscapes()
-    assert data.name == "sample"
-    assert data.fingerprint == sample.draw_landscapes().fingerprint
-    assert data.fingerprint != sample.draw_landscapes(seed=1).fingerprint
-    for split, size in sample.SAMPLE_SIZES.items():
+    assert (data.name, data.fingerprint) == ("sample", "da5f87688616")  # records depend on it
+    for split, count in sample.IMAGE_COUNTS.items():
         images, labels = data.splits[split]
-        assert images.shape == (size, 3, 48, 48)
+        assert images.shape == (count, 3, 48, 48)
         assert images.dtype == torch.uint8
-        assert torch.bincount(labels).tolist() == [size // 6] * 6
-    digests = [image.numpy().tobytes() for images, _ in data.splits.values() for image in images]
-    assert len(set(digests)) == sum(sample.SAMPLE_SIZES.values())
+        assert torch.bincount(labels).tolist() == [count // 6] * 6
+    distinct = {image.numpy().tobytes() for images, _ in data.splits.values() for image in images}
+    assert len(distinct) == sum(sample.IMAGE_COUNTS.values())
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_every_class_can_be_drawn_many_times(name):
+def test_every_class_can_be_drawn_with_many_seeds(name):
     for seed in range(30):
-        drawn = sample.draw_landscape(name, np.random.default_rng(seed))
-        assert drawn.shape == (48, 48, 3)
-        assert drawn.std() > 3  # something is there
+        image = sample.draw_landscape(name, np.random.default_rng(seed))
+        assert image.shape == (48, 48, 3)
+        assert image.std() > 3  # not uniform
 
 
-def test_sample_words():
+def test_sample_pronunciations():
     data = sample.choose_pronunciations()
-    assert data.name == "sample"
-    assert data.fingerprint == sample.choose_pronunciations().fingerprint
-    assert {split: len(pairs) for split, pairs in data.splits.items()} == sample.PAIRS
-    spellings = [word for pairs in data.splits.values() for _, word in pairs]
-    assert len(set(spellings)) == len(spellings)  # no word on two sides
-    known = set(sample.IPA.values())
-    assert all(set(sound) <= known for sound, _ in data.splits["train"])
+    assert (data.name, data.fingerprint) == ("sample", "134c9cc346f3")  # records depend on it
+    assert data.fingerprint != sample.choose_pronunciations(seed=1).fingerprint
+    assert_split(data, *sample.PAIR_COUNTS.values())
+    phonemes = {phoneme for sound, _ in data.splits["train"] for phoneme in sound}
+    assert phonemes == set(sample.IPA.values())
 
 
 @pytest.mark.parametrize(
     ("phone", "ipa"),
     [("AH0", "ə"), ("AH1", "ʌ"), ("ER0", "ɚ"), ("ER2", "ɝ"), ("IY1", "i"), ("CH", "t͡ʃ")],
 )
-def test_arpabet_in_ipa(phone, ipa):
+def test_arpabet_to_ipa(phone, ipa):
     assert sample.to_ipa(phone) == ipa
-
-
-# ----------------------------------------------------------------------------------------------
-# preparing pronunciations
-
-
-def write_wikipron(path, words=60):
-    """`words` spellings, every third of them with two pronunciations."""
-    lines = []
-    for i in range(words):
-        lines += [f"word{i}\tw ɜ {i}\n"] + [f"word{i}\tw ɚ {i}\n"] * (i % 3 == 0)
-    path.write_bytes("".join(lines).encode())
-
-
-def prepare_words(folder, *argv):
-    sizes = ["--train", 40, "--valid", 7, "--test", 9]
-    argv = [*sizes, "--output_dir", folder, *argv]
-    prepare_pronunciations.main([str(word) for word in argv])
-    return utils.load_pronunciations(folder)
-
-
-def test_pronunciations_are_split_by_spelling(tmp_path, capsys):
-    write_wikipron(tmp_path / "all.tsv")
-    data = prepare_words(tmp_path / "a", "--tsv", tmp_path / "all.tsv")
-    assert [len(data.splits[split]) for split in utils.SPLITS] == [40, 7, 9]
-    words = [{word for _, word in data.splits[split]} for split in utils.SPLITS]
-    assert not (words[0] & words[1] or words[0] & words[2] or words[1] & words[2])
-    pairs = {(sound, word) for pairs in data.splits.values() for sound, word in pairs}
-    assert len(pairs) == 56
-    assert all(sound[0] == "w" and word == f"word{sound[2]}" for sound, word in pairs)
-    again = prepare_words(tmp_path / "b", "--tsv", tmp_path / "all.tsv")
-    assert again.fingerprint == data.fingerprint
-    other = prepare_words(tmp_path / "c", "--tsv", tmp_path / "all.tsv", "--seed", 1)
-    assert other.fingerprint != data.fingerprint
-    assert "Wrote 40 pairs" in capsys.readouterr().out
-
-
-def test_all_that_is_left_can_be_trained_on(tmp_path):
-    write_wikipron(tmp_path / "all.tsv")
-    data = prepare_words(tmp_path, "--tsv", tmp_path / "all.tsv", "--train", "all")
-    assert [len(data.splits[split]) for split in utils.SPLITS] == [80 - 16, 7, 9]
-
-
-def test_other_words_that_are_there_are_not_replaced_unasked(tmp_path, fails):
-    write_wikipron(tmp_path / "all.tsv")
-    argv = ["--tsv", tmp_path / "all.tsv"]
-    first = prepare_words(tmp_path / "a", *argv).fingerprint
-    assert prepare_words(tmp_path / "a", *argv).fingerprint == first  # the same again
-    sizes = "--train", 40, "--valid", 7, "--test", 9, "--output_dir", tmp_path / "a"
-    line = fails(prepare_pronunciations.main, [*argv, *sizes, "--seed", 1])
-    assert "train.tsv: has other words; --replace" in line
-    assert utils.load_pronunciations(tmp_path / "a").fingerprint == first
-    assert prepare_words(tmp_path / "a", *argv, "--seed", 1, "--replace").fingerprint != first
-
-
-def test_more_to_train_on_for_the_same_test_words(tmp_path):
-    write_wikipron(tmp_path / "all.tsv")
-    few = prepare_words(tmp_path / "few", "--tsv", tmp_path / "all.tsv")
-    (tmp_path / "few" / "valid.tsv").write_text("w ɜ x\tword of another list\n")
-    argv = ["--tsv", tmp_path / "all.tsv", "--keep", tmp_path / "few", "--train", "all"]
-    argv += ["--output_dir", tmp_path / "more"]
-    prepare_pronunciations.main(list(map(str, argv)))
-    data = utils.load_pronunciations(tmp_path / "more")
-    assert data.splits["test"] == few.splits["test"]
-    assert data.splits["val"] == [(("w", "ɜ", "x"), "word of another list")]
-    tested = {word for _, word in few.splits["test"]}
-    words = {f"word{i}" for i in range(60)}
-    assert {word for _, word in data.splits["train"]} == words - tested
-    assert len(data.splits["train"]) == 80 - 9
-
-
-def test_downloading_a_language(tmp_path):
-    served = tmp_path / "served"
-    served.mkdir()
-    write_wikipron(served / "xyz_latn_broad.tsv")
-    handler = partial(Server, directory=served)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{running.server_port}/{{language}}.tsv"
-        argv = ["--language", "xyz_latn_broad", "--url", url]
-        data = prepare_words(tmp_path / "a", *argv)
-        running.shutdown()
-    assert len(data.splits["train"]) == 40
-    # the list is kept, so another split needs no network
-    assert prepare_words(tmp_path / "a", *argv).fingerprint == data.fingerprint
-
-
-BAD_LISTS = {
-    "too few words": (["--tsv", "{all}", "--train", 400], "too few pronunciations"),
-    "none left": (["--tsv", "{all}", "--test", 73, "--train", "all"], "too few pronunciations"),
-    "no file": (["--tsv", "none.tsv"], "no such file"),
-    "no source": ([], "required"),
-    "two sources": (["--tsv", "x", "--language", "y"], "not allowed"),
-    "sizes of what is kept": (["--tsv", "{all}", "--keep", "x"], "neither --valid nor --test"),
-    "no name": (["--language", ""], "is no name"),
-    "no size": (["--tsv", "{all}", "--valid", 0], "--valid"),
-    "size in words": (["--tsv", "{all}", "--train", "most"], "--train"),
-    "no server": (["--language", "x", "--url", "http://127.0.0.1:9/x"], "127.0.0.1"),
-}
-
-
-@pytest.mark.parametrize(("argv", "message"), BAD_LISTS.values(), ids=BAD_LISTS)
-def test_bad_lists_of_words(argv, message, tmp_path, fails):
-    write_wikipron(tmp_path / "all.tsv")
-    sizes = ["--train", 40, "--valid", 7, "--test", 9, "--output_dir", tmp_path / "out"]
-    argv = [str(word).format(all=tmp_path / "all.tsv") for word in (*sizes, *argv)]
-    assert message in fails(prepare_pronunciations.main, argv)
-    assert not list(tmp_path.glob("out/*"))
-
-
-def test_lists_that_would_overwrite_what_they_are_made_of(tmp_path, fails):
-    write_wikipron(tmp_path / "train.tsv")
-    before = (tmp_path / "train.tsv").read_bytes()
-    argv = ["--tsv", tmp_path / "train.tsv", "--output_dir", tmp_path]
-    assert "would be overwritten" in fails(prepare_pronunciations.main, argv)
-    argv = ["--tsv", tmp_path / "all.tsv", "--keep", tmp_path, "--output_dir", tmp_path]
-    assert "--keep needs another folder" in fails(prepare_pronunciations.main, argv)
-    argv = ["--tsv", tmp_path / "train.tsv", "--keep", "none", "--output_dir", tmp_path / "x"]
-    assert "test.tsv: no such file" in fails(prepare_pronunciations.main, argv)
-    assert (tmp_path / "train.tsv").read_bytes() == before
-
-
-def test_the_three_lists_take_their_names_together(tmp_path, monkeypatch):
-    """A disk that is full at the last of them leaves the earlier ones."""
-    write_wikipron(tmp_path / "all.tsv")
-    prepare_words(tmp_path / "out", "--tsv", tmp_path / "all.tsv")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    real, written = utils.write_file, []
-
-    def write_file(path, write):
-        written.append(path)
-        if len(written) == 3:
-            raise utils.UserError("the disk is full")
-        real(path, write)
-
-    monkeypatch.setattr(utils, "write_file", write_file)
-    with pytest.raises(utils.UserError, match="full"):
-        prepare_words(tmp_path / "out", "--tsv", tmp_path / "all.tsv", "--seed", 1, "--replace")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
-@pytest.mark.parametrize("output", [".", "", "data"])
-def test_photographs_need_the_name_of_a_file(output, fails, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    argv = ["--archive", "x.zip", "--output", output]
-    assert "is a folder, not the name of a file" in fails(prepare_landscapes.main, argv)
-
-
-@pytest.mark.parametrize(
-    "language", ["eng_latn_us_broad", "eng_latn_uk_broad", "por_latn_po_broad"]
-)
-def test_real_wikipron(real_data, tmp_path, language):
-    tsv = real_data / "wikipron" / f"{language}.tsv"
-    prepare_pronunciations.main(["--tsv", str(tsv), "--output_dir", str(tmp_path)])
-    data = utils.load_pronunciations(tmp_path)
-    assert [len(data.splits[split]) for split in utils.SPLITS] == [10000, 1000, 1000]
-    words = [{word for _, word in data.splits[split]} for split in utils.SPLITS]
-    assert not (words[0] & words[1] or words[0] & words[2] or words[1] & words[2])
-
-
-def test_all_of_wikipron_beside_the_assignments_words(real_data, tmp_path):
-    tsv = real_data / "wikipron" / "eng_latn_us_broad.tsv"
-    kept = str(real_data / "pronunciations")
-    argv = ["--tsv", str(tsv), "--train", "all", "--keep", kept, "--output_dir", str(tmp_path)]
-    prepare_pronunciations.main(argv)
-    data = utils.load_pronunciations(tmp_path)
-    assert [len(data.splits[split]) for split in utils.SPLITS] == [75049, 1000, 1000]

@@ -1,562 +1,264 @@
-"""Question 3: options, symbols, attention, decoding, scores, training, testing, spelling."""
+"""Question 3: model, decoding, symbols, scores, training, testing, spelling, options."""
 
 import ast
+import contextlib
 import io
 import itertools
 import json
 import math
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.testing import assert_close
 
 import hw2_q3
 import utils
-from hw2_q3 import END, PAD, START, UNK
-from tests import benchmark
-from tests.conftest import Killed, assert_equal_runs, save_checkpoint
+from hw2_q3 import END, PAD, START, UNK, spellings
+from tests.conftest import Killed, assert_equal_runs
 
-# Words of a small language in which every letter sounds like itself, written in capitals.
+# Words of a small language in which every letter has one sound, written as its capital.
 WORDS = "a ab abc bac cab dab add bad dad fad fed feed bead deaf face fade cafe acceded baba deed"
-PAIRS = [(tuple(word.upper()), word) for word in WORDS.split(" ")]
-ONE = torch.tensor([[True]]), torch.tensor([0])  # one step of one word, for the decoder
+PAIRS = [(tuple(word.upper()), word) for word in WORDS.split()]
+DATA = utils.Pronunciations({"train": PAIRS, "val": PAIRS[3:9], "test": PAIRS[8:18]})
+TRUE = [word for _, word in DATA.splits["test"]]
+SMALL = "--hidden_size 16 --n_epochs 3 --batch_size 4 --device cpu"
+MODEL = "--use_attn --layers 2 --schedule one_cycle --clip 0.2"  # of the fixture `finished`
+FULL = f"{MODEL} --nucleus --beam_size 4"
+BEST = f"{MODEL} --input_feeding --embedding_scale 0.1 --label_smoothing 0.1"
+SHAPES = {
+    "no attention": "",
+    "attention": "--use_attn",
+    "two layers": "--use_attn --layers 2",
+    "input feeding": "--use_attn --layers 2 --input_feeding",
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(scope="module")
-def words():
-    splits = {"train": PAIRS, "val": PAIRS[3:9], "test": PAIRS[8:18]}
-    return utils.Pronunciations(splits)
+def parse(line):
+    return hw2_q3.parse_args(line.split())
 
 
-@pytest.fixture(scope="module")
-def vocabularies():
-    phonemes = hw2_q3.Vocabulary.of(sound for sound, _ in PAIRS)
-    return phonemes, hw2_q3.Vocabulary.of(word for _, word in PAIRS)
-
-
-def build(vocabularies, seed=0, **options):
+def make_speller(line="--use_attn", seed=0, pairs=PAIRS):
+    """A Speller with random weights, without dropout."""
     torch.manual_seed(seed)
-    options = {"hidden_size": 16, "dropout": 0.0, "use_attn": True} | options
-    return hw2_q3.build_model(options, *vocabularies).eval()
+    args = parse(f"--hidden_size 16 --dropout 0 {line}")
+    vocabularies = hw2_q3.make_vocabularies(args, utils.Pronunciations({"train": pairs}))
+    return hw2_q3.Speller(hw2_q3.build_model(args, *vocabularies).eval(), *vocabularies)
 
 
-def build_speller(vocabularies, seed=0, **options):
-    return hw2_q3.Speller(build(vocabularies, seed, **options), *vocabularies)
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
-def write_tsv(folder, pairs):
-    folder.mkdir(exist_ok=True)
-    for name, rows in pairs.items():
-        lines = "".join(f"{' '.join(sound)}\t{word}\n" for sound, word in rows)
-        (folder / f"{name}.tsv").write_bytes(lines.encode())
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path, words):
-    s = words.splits
-    pairs = {"train": s["train"], "valid": s["val"], "test": s["test"]}
-    return write_tsv(tmp_path / "words", pairs)
+def first_of(candidates):
+    return [row[0] for row in spellings(candidates)]
 
 
 # ----------------------------------------------------------------------------------------------
-# options
+# textbook code: one word, one position, one gate at a time
 
 
-def options(*argv):
-    return hw2_q3.parse_options([str(word) for word in argv])
+def textbook_lstm(xs, state, lstm, suffix=""):
+    """The hidden states after each of xs, and the last (hidden, cell)."""
+    parts = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+    w_ih, w_hh, b_ih, b_hh = (getattr(lstm, part + suffix) for part in parts)
+    (hidden, cell), outputs = state, []
+    for x in xs:
+        i, f, g, o = (w_ih @ x + b_ih + w_hh @ hidden + b_hh).chunk(4)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        outputs.append(hidden)
+    return outputs, (hidden, cell)
 
 
-def test_defaults_are_the_recipe():
-    o = options()
-    assert (o.n_epochs, o.batch_size, o.lr, o.dropout, o.hidden_size) == (20, 64, 0.003, 0.3, 128)
-    assert (o.use_attn, o.nucleus, o.topp, o.k, o.beam_size, o.max_len) == (
-        False,
-        False,
-        0.8,
-        3,
-        None,
-        50,
-    )
-    assert o.seed == 42
+def textbook_encoder(encoder, source):
+    """The outputs (S, H), and the last (hidden, cell) of each layer, both directions joined."""
+    lstm, xs, states = encoder.lstm, list(encoder.embedding.weight[source]), []
+    for layer in range(lstm.num_layers):
+        zeros = (xs[0].new_zeros(lstm.hidden_size),) * 2
+        ahead, last = textbook_lstm(xs, zeros, lstm, f"_l{layer}")
+        back, first = textbook_lstm(xs[::-1], zeros, lstm, f"_l{layer}_reverse")
+        xs = [torch.cat(pair) for pair in zip(ahead, back[::-1])]
+        states.append(tuple(torch.cat(pair) for pair in zip(last, first)))
+    return torch.stack(xs), states
 
 
-def test_topp_implies_nucleus():
-    assert options("--topp", 0.9).nucleus
-    assert not options("train").nucleus
+def textbook_attention(attention, state, values):
+    """The attentional vector (H,) of a decoder's state, and the attention weights (S,)."""
+    query = attention.query.weight @ state + attention.query.bias
+    keys = [attention.key.weight @ value for value in values]
+    scores = [attention.score.weight[0] @ torch.tanh(key + query) for key in keys]
+    weights = torch.stack(scores).softmax(0)
+    context = sum(weight * value for weight, value in zip(weights, values))
+    joined = torch.cat((context, state))
+    return torch.tanh(attention.combine.weight @ joined + attention.combine.bias), weights
 
 
-def test_spell_takes_options_before_and_behind_its_words():
-    o = options("spell", "--beam_size", 3, "h ə", "--max_len", 9, "j uː")
-    assert (o.mode, o.ipa, o.beam_size, o.max_len) == ("spell", ["h ə", "j uː"], 3, 9)
+def textbook_logits(model, source, characters):
+    """The logits (T, V) after each of the characters, and the attention weights (T, S) or []."""
+    values, states = textbook_encoder(model.encoder, source)
+    decoder, input_feed = model.decoder, torch.zeros_like(values[0])
+    logits, attn_weights = [], []
+    for character in characters:
+        x = decoder.embedding.weight[character]
+        x = torch.cat((x, input_feed)) if decoder.input_feeding else x
+        for i, state in enumerate(states):
+            cell = (decoder.cells[i], "") if decoder.input_feeding else (decoder.lstm, f"_l{i}")
+            (x,), states[i] = textbook_lstm([x], state, *cell)
+        if decoder.attention is not None:
+            x, weights = textbook_attention(decoder.attention, x, values)
+            input_feed = x
+            attn_weights.append(weights)
+        logits.append(decoder.embedding.weight @ x + decoder.output.bias)
+    return torch.stack(logits), attn_weights
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--n_epochs 0", "--batch_size 0", "--lr 0", "--lr nan", "--dropout 1", "--hidden_size 7",
-        "--hidden_size 0", "--topp 0", "--topp 1.1", "--k 0", "--beam_size 0", "--max_len 0",
-        "--seed -1", "guess", "train abc", "--input x", "spell abc --input x", "--nucleas",
-        "--data_dir no/such/folder", "test --checkpoint_name no/such.pt", "--device abacus",
-        "spell a --checkpoint_name no/such.pt",
-        "test --seed 1 2", "spell a --lr 0.1 0.2", "--seed 1 2 --checkpoint_name x.pt", "--jobs 0",
-        "--report some", "--report --n_seeds 9", "--report --figure_format gif",
-        "--recipe none", "--layers 0", "--clip 0", "--label_smoothing 1", "--schedule cosine",
-        "--input_feeding", "--ensemble",
-        "train --ensemble --seed 1 2", "--ensemble --seed 1 2 --lr 0.1 0.2",
-    ],
-)  # fmt: skip
-def test_bad_options_end_with_one_line(line, fails, folder, tmp_path):
-    argv = line.split()
-    if "--data_dir" not in line and not line.startswith("spell"):
-        argv += ["--data_dir", folder, "--output_dir", tmp_path]
-    message = fails(hw2_q3.main, argv)
-    named = [word for word in line.split() if len(word) > 2] + ["go with spell"]
-    assert any(word.rstrip("s") in message for word in named)
+def unpad(pairs):
+    """The sources and the targets of encoded pairs, without padding."""
+    sources = [row[:length] for row, length in zip(pairs.sources, pairs.lengths)]
+    return sources, [row[:length] for row, length in zip(pairs.targets, pairs.target_lengths)]
 
 
-def test_a_recipe_is_the_defaults_of_its_options():
-    best = hw2_q3.RECIPES["best"]
-    for name, value in best.items():
-        assert getattr(options("--recipe", "best"), name) == value
-        assert value != hw2_q3.make_parser().get_default(name)
-    assert options("--recipe", "best", "--layers", 3).layers == 3
-    assert options("--recipe", "best", "--layers", 3).clip == best["clip"]
+@torch.no_grad()
+def next_log_probs(model, source, prefix):
+    """The log-probabilities (V,) of the next character, the whole prefix computed again."""
+    if isinstance(model, hw2_q3.Ensemble):
+        probs = [next_log_probs(part, source, prefix).exp() for part in model.models]
+        return (sum(probs) / len(probs)).log()
+    logits = textbook_logits(model, source, [START, *prefix])[0][-1]
+    logits[:END] = -torch.inf
+    return logits.log_softmax(0)
 
 
-LINES = ["", "--use_attn", "--lr 0.01 --seed 3 --hidden_size 64", "--direction g2p"]
-LINES += ["--layers 2 --schedule one_cycle --clip 1.0 --label_smoothing 0.1"]
+def textbook_greedy(model, source, max_len):
+    prefix, score = [], 0.0
+    while len(prefix) < max_len and END not in prefix:
+        log_probs = next_log_probs(model, source, prefix)
+        prefix.append(int(log_probs.argmax()))
+        score += float(log_probs[prefix[-1]])
+    return prefix, score
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_the_recorded_command_repeats_the_run(line):
-    chosen = hw2_q3.run_options(options(*line.split()))
-    command = hw2_q3.command(chosen)
-    assert command.startswith("python hw2_q3.py")
-    assert set(command.split()[2:]) == set(line.split())
-    assert hw2_q3.run_options(options(*command.split()[2:])) == chosen
+def textbook_beam(model, source, size, max_len):
+    """The beam [(prefix, score)], best first, and the number of prefixes that were extended."""
+    beam, extended = [([], 0.0)], 0
+    for _ in range(max_len):
+        candidates = [(prefix, score) for prefix, score in beam if END in prefix]
+        for prefix, score in beam:
+            if END not in prefix:
+                log_probs, extended = next_log_probs(model, source, prefix), extended + 1
+                tokens = range(END, len(log_probs))
+                candidates += [([*prefix, t], score + float(log_probs[t])) for t in tokens]
+        beam = sorted(candidates, key=lambda candidate: -candidate[1])[:size]
+    return beam, extended
 
 
-# ----------------------------------------------------------------------------------------------
-# symbols and batches
-
-
-def test_vocabulary_round_trip(vocabularies):
-    _, characters = vocabularies
-    for _, word in PAIRS:
-        assert characters.decode(characters.encode(word)) == word
-        assert characters.decode([*characters.encode(word), END, 5, 6]) == word
-    assert characters.decode([END]) == ""
-    assert characters.encode("aza") == [4, UNK, 4]
-    assert characters.symbols[:4] == list(hw2_q3.SPECIAL)
-
-
-def test_tensors_are_padded_and_framed(vocabularies):
-    phonemes, characters = vocabularies
-    tensors = hw2_q3.to_tensors([(("A", "B", "X"), "ab"), (("A",), "aby")], phonemes, characters)
-    assert tensors.sources.tolist() == [[4, 5, UNK], [4, PAD, PAD]]
-    assert tensors.targets.tolist() == [[START, 4, 5, END, PAD], [START, 4, 5, UNK, END]]
-    assert tensors.lengths.tolist() == [3, 1]
-    assert tensors.target_lengths.tolist() == [4, 5]
-
-
-def test_an_epoch_shows_every_word_once(vocabularies):
-    words = hw2_q3.to_tensors(PAIRS, *vocabularies)
-    seen, totals = [], torch.zeros(3)
-
-    def step(sources, lengths, targets):
-        totals.add_(1)
-        for source, length, target in zip(sources.tolist(), lengths.tolist(), targets.tolist()):
-            assert PAD not in source[:length]
-            assert set(source[length:]) <= {PAD}
-            seen.append((tuple(source[:length]), vocabularies[1].decode(target[1:])))
-
-    for _ in range(2):
-        seen.clear()
-        assert hw2_q3.train_epoch(step, totals, words, batch_size=6) == 1
-        expected = [(tuple(vocabularies[0].encode(sound)), word) for sound, word in PAIRS]
-        assert sorted(seen) == sorted(expected)
-
-
-def test_teacher_forcing_shifts_by_one(vocabularies):
-    """The model gets START and all characters but the last and must tell all but START."""
-    model = build(vocabularies)
-    seen = []
-    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-
-    class Spy(torch.nn.Module):
-        def forward(self, sources, lengths, targets):
-            logits, weights = model(sources, lengths, targets)
-            return logits * 0, weights
-
-    totals = torch.zeros(3)
-    step = hw2_q3.make_step(Spy(), torch.optim.SGD(model.parameters(), 0.1), totals)
-    targets = torch.tensor([[START, 4, 5, END], [START, 6, END, PAD]])
-    step(torch.tensor([[4, 5], [6, PAD]]), torch.tensor([2, 1]), targets)
-    [(inputs, _, _, steps, words)] = seen
-    assert inputs.tolist() == [[START, 4, 5], [START, 6, END]]
-    assert steps.tolist() == [[True, True, True], [True, True, False]]
-    assert words.tolist() == [0, 1]
-    # five characters count, padding does not; logits of 0 make each cost log(10)
-    assert totals.tolist() == pytest.approx([5 * math.log(10), 5, 1])
-
-
-def test_padding_changes_neither_loss_nor_gradients(vocabularies):
-    sources, targets = (
-        torch.tensor([[4, 5], [6, 4]]),
-        torch.tensor([[START, 4, END], [START, 5, END]]),
-    )
-    lengths = torch.tensor([2, 2])
-    padded = torch.cat((targets, torch.full((2, 3), PAD)), 1)
-    gradients = []
-    for batch in (targets, padded):
-        model = build(vocabularies)
-        optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        totals = torch.zeros(3)
-        hw2_q3.make_step(model, optimizer, totals)(sources, lengths, batch)
-        gradients.append([totals, *(p.grad for p in model.parameters())])
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
+def textbook_sample(model, sources, p, k, generator, max_len):
+    """k prefixes of each word: step by step a uniform number for each unfinished one."""
+    rows = [(source, []) for source in sources for _ in range(k)]
+    for _ in range(max_len):
+        unfinished = [row for row in rows if END not in row[1]]
+        points = torch.rand(len(unfinished), generator=generator).tolist() if unfinished else []
+        for (source, prefix), point in zip(unfinished, points):
+            probs = hw2_q3.nucleus(next_log_probs(model, source, prefix).unsqueeze(0), p)[0]
+            sums = probs.cumsum(0).tolist()
+            prefix.append(next(t for t, total in enumerate(sums) if total > point * sums[-1]))
+    return [prefix for _, prefix in rows]
 
 
 # ----------------------------------------------------------------------------------------------
 # model
 
 
-def loop_attention(attention, states, values, lengths):
-    """Bahdanau attention one state and one position at a time."""
-    contexts, weights = torch.zeros_like(states), torch.zeros(*states.shape[:2], values.shape[1])
-    for b, t in itertools.product(range(states.shape[0]), range(states.shape[1])):
-        scores = []
-        for i in range(lengths[b]):
-            inside = attention.key.weight @ values[b, i]
-            inside = inside + attention.query.weight @ states[b, t] + attention.query.bias
-            scores.append(attention.score.weight[0] @ torch.tanh(inside))
-        shares = torch.stack(scores).softmax(0)
-        weights[b, t, : lengths[b]] = shares
-        context = sum(shares[i] * values[b, i] for i in range(lengths[b]))
-        joined = torch.cat((context, states[b, t]))
-        contexts[b, t] = torch.tanh(attention.combine.weight @ joined + attention.combine.bias)
-    return contexts, weights
+def test_attention_by_hand():
+    """Scores of ln 2 and 0 make weights of 2/3 and 1/3; a padded row attends to its one value."""
+    attention, c = hw2_q3.BahdanauAttention(1), math.atanh(math.log(2))
+    for weights in attention.parameters():
+        torch.nn.init.ones_(weights)
+    for layer in (attention.query, attention.combine):
+        torch.nn.init.zeros_(layer.bias)
+    values = torch.tensor([[[c - 1], [-1.0]], [[0.5], [9.0]]])
+    memory = hw2_q3.Memory(values, values, torch.tensor([[True, True], [True, False]]))
+    outputs, weights = attention(torch.tensor([[1.0], [1.0]]), torch.tensor([0, 1]), memory)
+    assert_close(weights, torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0]]))
+    assert_close(outputs, torch.tensor([[2 * c / 3], [1.5]]).tanh())
 
 
-def test_attention_equals_a_loop():
+def test_attention_and_its_gradients_equal_a_loop():
+    """Words of 5, 3 and 1 phonemes, size 7, two states of each word."""
     torch.manual_seed(0)
-    attention = hw2_q3.BahdanauAttention(7)
-    states, values, lengths = torch.randn(3, 2, 7), torch.randn(3, 5, 7), [5, 3, 1]
-    mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
-    memory = hw2_q3.Memory(values, attention.key(values), mask)
-    words = torch.tensor([0, 0, 1, 1, 2, 2])
-    outputs, weights = attention(states.flatten(0, 1), words, memory)
-    expected, expected_weights = loop_attention(attention, states, values, lengths)
-    torch.testing.assert_close(outputs, expected.flatten(0, 1))
-    torch.testing.assert_close(weights, expected_weights.flatten(0, 1))
-    assert (weights[~mask[words]] == 0).all()  # exactly
-    torch.testing.assert_close(weights.sum(1), torch.ones(6))
-
-
-def test_attention_gradients_equal_a_loops():
-    gradients = []
-    for looped in (False, True):
-        torch.manual_seed(0)
-        attention = hw2_q3.BahdanauAttention(7)
-        states, values, lengths = torch.randn(3, 2, 7), torch.randn(3, 5, 7), [5, 3, 1]
-        states.requires_grad_(), values.requires_grad_()
-        if looped:
-            outputs = loop_attention(attention, states, values, lengths)[0].flatten(0, 1)
-        else:
-            mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
-            memory = hw2_q3.Memory(values, attention.key(values), mask)
-            words = torch.tensor([0, 0, 1, 1, 2, 2])
-            outputs, _ = attention(states.flatten(0, 1), words, memory)
-        (outputs * torch.linspace(-1, 1, 42).view(6, 7)).sum().backward()
-        gradients.append([states.grad, values.grad, *(p.grad for p in attention.parameters())])
-    for a, b in zip(*gradients):
-        torch.testing.assert_close(a, b)
-
-
-def test_small_embeddings_are_the_usual_ones_scaled(vocabularies):
-    models = []
-    for scale in (1.0, 0.1):
-        torch.manual_seed(0)
-        chosen = {"hidden_size": 8, "dropout": 0.0, "use_attn": True, "embedding_scale": scale}
-        models.append(hw2_q3.build_model(chosen, *vocabularies).state_dict())
-    for name, weights in models[0].items():
-        scaled = "embedding" in name or name == "decoder.output.weight"
-        torch.testing.assert_close(models[1][name], weights * (0.1 if scaled else 1))
-
-
-SHAPES = {
-    "recipe": {},
-    "no attention": {"use_attn": False},
-    "layers": {"layers": 2},
-    "input feeding": {"layers": 2, "input_feeding": True},
-}
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+    attention, words = hw2_q3.BahdanauAttention(7), torch.tensor([0, 0, 1, 1, 2, 2])
+    states, values = torch.randn(6, 7).requires_grad_(), torch.randn(3, 5, 7).requires_grad_()
+    mask = torch.arange(5) < torch.tensor([[5], [3], [1]])
+    ours = attention(states, words, hw2_q3.Memory(values, attention.key(values), mask))
+    assert (ours[1][~mask[words]] == 0).all()  # exactly
+    rows = [textbook_attention(attention, s, values[w, mask[w]]) for s, w in zip(states, words)]
+    weights = torch.stack([F.pad(weights, (0, 5 - len(weights))) for _, weights in rows])
+    loop = torch.stack([output for output, _ in rows]), weights
+    inputs = states, values, *attention.parameters()
+    assert_close(loop, ours)
+    gradients = [torch.autograd.grad((x[0] * x[0]).sum(), inputs) for x in (loop, ours)]
+    assert_close(*gradients)
 
 
 @every_shape
-def test_padded_sources_give_what_each_word_gives_alone(vocabularies, shape):
-    model = build(vocabularies, **shape)
-    tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
-    together, _ = model(tensors.sources, tensors.lengths, tensors.targets)
-    alone = []
-    for i, length in enumerate(tensors.lengths.tolist()):
-        row, end = tensors.sources[i : i + 1, :length], tensors.target_lengths[i]
-        alone.append(model(row, torch.tensor([length]), tensors.targets[i : i + 1, :end])[0])
-    torch.testing.assert_close(together, torch.cat(alone))
+def test_padded_batches_equal_textbook_code(shape):
+    speller = make_speller(shape)
+    model, pairs = speller.model, speller.encode(PAIRS)
+    logits, attn_weights = model(pairs.sources, pairs.lengths, pairs.targets)
+    words = [textbook_logits(model, s, t[:-1]) for s, t in zip(*unpad(pairs))]
+    assert_close(logits, torch.cat([expected for expected, _ in words]))
+    rows = [row for _, weights in words for row in weights]
+    if rows:
+        rows = torch.stack([F.pad(row, (0, attn_weights.shape[1] - len(row))) for row in rows])
+        assert_close(attn_weights, rows)
+    assert (attn_weights is None) == (shape == "")
 
 
 @every_shape
-def test_all_steps_at_once_equal_one_at_a_time(vocabularies, shape):
-    model = build(vocabularies, **shape)
-    source = torch.tensor([[4, 5, 6]]), torch.tensor([3])
-    targets = torch.tensor([[START, 4, 5, 6, END]])
-    memory, state = model.encode(*source)
-    steps = []
-    for t in range(4):
-        logits, state, _ = model.decoder(targets[:, t : t + 1], state, memory, *ONE)
-        steps.append(logits)
-    torch.testing.assert_close(torch.cat(steps), model(*source, targets)[0])
+def test_all_steps_at_once_equal_one_at_a_time(shape):
+    speller, steps = make_speller(shape), []
+    model, pairs = speller.model, speller.encode(PAIRS[-3:-2])
+    memory, state = model.encode(pairs.sources, pairs.lengths)
+    for character in pairs.targets.T[:-1]:
+        log_probs, state = model.next_log_probs(character, state, memory, torch.tensor([0]))
+        steps.append(log_probs[:, END:])
+    logits, _ = model(pairs.sources, pairs.lengths, pairs.targets)
+    assert_close(torch.cat(steps), logits[:, END:].log_softmax(1))
 
 
-def test_model_training_and_greedy_spelling_are_the_textbooks(vocabularies):
-    """Without dropout: the same logits, the same weights after some steps, the same spellings."""
-    ours = build(vocabularies)
-    textbook = benchmark.TextbookSpeller(*map(len, vocabularies), size=16, dropout=0).eval()
-    textbook.load_state_dict(ours.state_dict())
-    words = hw2_q3.to_tensors(PAIRS, *vocabularies)
-    steps = words.targets[:, 1:] != PAD
-    logits = textbook(words.sources, words.lengths, words.targets[:, :-1])[steps]
-    torch.testing.assert_close(ours(words.sources, words.lengths, words.targets)[0], logits)
-
-    batch = words.sources, words.lengths, words.targets
-    optimizer = torch.optim.SGD(textbook.parameters(), 0.5)
-    benchmark.textbook_spelling_epoch(textbook, optimizer, [batch] * 5)
-    step = hw2_q3.make_step(ours, torch.optim.SGD(ours.parameters(), 0.5), torch.zeros(3))
-    for _ in range(5):
-        step(*batch)
-    for name, weights in textbook.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], weights, rtol=1e-3, atol=1e-4, msg=name)
-
-    textbook.load_state_dict(ours.state_dict())
-    sources = [row[:length] for row, length in zip(words.sources, words.lengths)]
-    spelled = [benchmark.textbook_spell(textbook, source) for source in sources]
-    greedy = hw2_q3.Speller(ours, *vocabularies).greedy(words)
-    assert hw2_q3.only_spellings(greedy) == [[vocabularies[1].decode(s)] for s in spelled]
-
-
-def test_each_layer_of_the_decoder_starts_from_the_encoders(vocabularies):
-    """The final states of both its directions, side by side."""
-    model = build(vocabularies, layers=2)
-    sources = torch.tensor([[4, 5, 6], [7, 8, 9]])
-    _, (hidden, cell) = model.encode(sources, torch.tensor([3, 3]))
-    outputs, (own, _) = model.encoder.lstm(model.encoder.embedding(sources))
-    assert hidden.shape == cell.shape == (2, 2, 16)
-    torch.testing.assert_close(hidden[0], torch.cat((own[0], own[1]), 1))
-    last = torch.cat((outputs[:, -1, :8], outputs[:, 0, 8:]), 1)  # forwards, backwards
-    torch.testing.assert_close(hidden[1], last)
-
-
-def test_label_smoothing_and_clipping_by_hand(vocabularies):
-    words, losses = hw2_q3.to_tensors(PAIRS, *vocabularies), []
-    batch, true = (words.sources, words.lengths, words.targets), words.targets[:, 1:]
-    for smoothing, clip in ((0.0, None), (0.2, None), (0.2, 0.01)):
-        model, totals = build(vocabularies), torch.zeros(3)
-        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-        log_probs = model(*batch)[0].detach().log_softmax(1)
-        optimizer = torch.optim.SGD(model.parameters(), 1.0)
-        hw2_q3.make_step(model, optimizer, totals, smoothing, clip)(*batch)
-        if smoothing:  # over what can be written
-            log_probs[:, :END] = -torch.inf
-            log_probs = log_probs.log_softmax(1)
-        own = -log_probs.gather(1, true[true != PAD].unsqueeze(1)).mean()
-        spread = log_probs[:, END:].mean() if smoothing else 0
-        expected = (1 - smoothing) * own - smoothing * spread
-        assert (totals[0] / totals[1]).item() == pytest.approx(expected.item(), rel=1e-5)
-        after = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-        losses.append((after - before).norm().item())
-    assert losses[2] == pytest.approx(0.01, rel=1e-3)
-    assert min(losses[:2]) > 0.05
-
-
-def test_the_output_layer_is_the_embedding(vocabularies):
-    model = build(vocabularies)
-    assert model.decoder.output.weight is model.decoder.embedding.weight
-    names = [name for name, _ in model.named_parameters()]
-    assert "decoder.embedding.weight" in names
-    assert "decoder.output.weight" not in names
-
-
-def test_parameter_count_of_the_recipe():
+def test_parameters_of_the_original_recipe_output_layer_tied_to_the_embedding():
     symbols, characters, h = 107, 93, 128
-    vocabularies = [None] * symbols, [None] * characters
     lstm = 2 * (4 * h // 2 * (h + h // 2) + 2 * 4 * h // 2) + 4 * h * 2 * h + 2 * 4 * h
     plain = symbols * h + characters * h + lstm + characters
     attention = h * h + (h * h + h) + h + (2 * h * h + h)
-    for use_attn, count in ((False, plain), (True, plain + attention)):
-        o = {"hidden_size": h, "dropout": 0.3, "use_attn": use_attn}
-        model = hw2_q3.build_model(o, *vocabularies)
-        assert sum(p.numel() for p in model.parameters()) == count
+    for line, count in (("", plain), ("--use_attn", plain + attention)):
+        model = hw2_q3.build_model(parse(line), [None] * symbols, [None] * characters)
+        assert utils.count_parameters(model) == count
+        assert model.decoder.output.weight is model.decoder.embedding.weight
+
+
+def test_the_embedding_scale_multiplies_the_embeddings_alone():
+    usual, small = (make_speller(f"--embedding_scale {s}").model.state_dict() for s in (1, 0.1))
+    for name, weights in usual.items():
+        is_scaled = "embedding" in name or name == "decoder.output.weight"
+        assert_close(small[name], weights * (0.1 if is_scaled else 1))
 
 
 # ----------------------------------------------------------------------------------------------
 # decoding
 
-
-def test_input_feeding_by_hand(vocabularies):
-    """The second step reads the first one's state with context beside its character."""
-    model = build(vocabularies, input_feeding=True)
-    decoder, source = model.decoder, (torch.tensor([[4, 5, 6]]), torch.tensor([3]))
-    memory, (hidden, cell, fed) = model.encode(*source)
-    assert fed.abs().sum() == 0
-    logits = []
-    for character in (START, 4):
-        x = torch.cat((decoder.embedding(torch.tensor([character])), fed[0]), 1)
-        hidden, cell = (part.unsqueeze(0) for part in decoder.cells[0](x, (hidden[0], cell[0])))
-        x, _ = decoder.attention(hidden[0], torch.tensor([0]), memory)
-        logits.append(decoder.output(x))
-        fed = x.unsqueeze(0)
-    expected = model(*source, torch.tensor([[START, 4, END]]))[0]
-    torch.testing.assert_close(torch.cat(logits), expected)
-
-
-@every_shape
-@pytest.mark.parametrize("rows", [2048, 7])
-def test_batched_greedy_equals_one_word_at_a_time(vocabularies, monkeypatch, shape, rows):
-    monkeypatch.setattr(hw2_q3, "ROWS", rows)
-    for seed in range(3):
-        speller = build_speller(vocabularies, seed, **shape)
-        together = speller.greedy(speller.tensors(PAIRS), 12)
-        for pair, [(spelled, score)] in zip(PAIRS, together):
-            word = speller.tensors([pair])
-            [[alone]] = speller.greedy(word, 12)
-            assert alone == (spelled, pytest.approx(score, abs=1e-5))
-            assert spelled == plain_greedy(speller.model, word.sources, vocabularies[1], 12)
-
-
-def plain_greedy(model, sources, characters, max_len):
-    """Greedy decoding as a beginner would write it: the whole prefix again for each character."""
-    inputs = [START]
-    while len(inputs) <= max_len and inputs[-1] != END:
-        length = torch.tensor([sources.shape[1]])
-        logits = model(sources, length, torch.tensor([[*inputs, END]]))[0][-1]
-        logits[[PAD, UNK, START]] = -torch.inf
-        inputs.append(int(logits.argmax()))
-    return characters.decode(inputs[1:])
-
-
-def test_an_ensemble_has_the_mean_of_its_models_probabilities(vocabularies):
-    """Also of models of different depth and with and without attention, letter by letter."""
-    kinds = {"layers": 2}, {"use_attn": False}, {"input_feeding": True}
-    models = [build(vocabularies, seed, **kind) for seed, kind in enumerate(kinds)]
-    ensemble = hw2_q3.Speller(hw2_q3.Ensemble(models), *vocabularies)
-    words = ensemble.tensors(PAIRS[:3])
-    for row, [(spelling, log_prob)] in enumerate(ensemble.greedy(words, 6)):
-        source, length = words.sources[row : row + 1, : words.lengths[row]], words.lengths[row:][:1]
-        letters = [*vocabularies[1].encode(spelling), END][:6]
-        target = torch.tensor([[START, *letters, END]])
-        probs = 0
-        for model in models:
-            logits = model(source, length, target)[0][: len(letters)]
-            logits[:, :END] = -torch.inf
-            probs = probs + logits.softmax(1) / len(models)
-        assert probs.argmax(1).tolist() == letters
-        total = probs.gather(1, torch.tensor([letters]).T).log().sum()
-        assert log_prob == pytest.approx(total.item(), abs=1e-4)
-
-
-def test_an_ensemble_of_one_model_is_that_model(vocabularies):
-    speller = build_speller(vocabularies)
-    twice = speller._replace(model=hw2_q3.Ensemble([speller.model, speller.model]).eval())
-    words = speller.tensors(PAIRS)
-    for one, two in zip(speller.beam(words, 3, 8), twice.beam(words, 3, 8)):
-        assert [spelling for spelling, _ in one] == [spelling for spelling, _ in two]
-        assert [p for _, p in one] == pytest.approx([p for _, p in two], abs=1e-4)
-    assert speller.sample(words, 0.8, 2, 1, 8) == [
-        [(spelling, pytest.approx(p, abs=1e-4)) for spelling, p in found]
-        for found in twice.sample(words, 0.8, 2, 1, 8)
-    ]
-
-
-def test_a_beam_of_one_is_greedy(vocabularies):
-    for seed in range(5):
-        speller = build_speller(vocabularies, seed)
-        words = speller.tensors(PAIRS)
-        greedy, beam = speller.greedy(words, 10), speller.beam(words, 1, 10)
-        assert hw2_q3.only_spellings(greedy) == hw2_q3.only_spellings(beam)
-        scores = [[score for [(_, score)] in found] for found in (greedy, beam)]
-        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-
-
-def every_spelling(model, sources, size, max_len):
-    """{numbers: log-probability} of every spelling of at most max_len characters, END included."""
-    memory, state = model.encode(sources, torch.tensor([sources.shape[1]]))
-    scores = {}
-
-    def extend(prefix, state, score):
-        logits, state, _ = model.decoder(torch.tensor([prefix[-1:]]), state, memory, *ONE)
-        logits[:, :END] = -torch.inf
-        for number, log_prob in enumerate(logits[0].log_softmax(0).tolist()):
-            longer = [*prefix, number]
-            if number == END or (number > END and len(longer) > max_len):
-                scores[tuple(longer[1:])] = score + log_prob
-            elif number > END:
-                extend(longer, state, score + log_prob)
-
-    with torch.inference_mode():
-        extend([START], state, 0.0)
-    return scores
-
-
-def test_beam_search_finds_the_best_of_all():
-    """With a beam as wide as all prefixes the n best are those of an exhaustive search."""
-    vocabularies = hw2_q3.Vocabulary.of(["AB"]), hw2_q3.Vocabulary.of(["ab"])
-    for seed in range(4):
-        model = build(vocabularies, seed)
-        sources, lengths = torch.tensor([[4, 5, 4], [5, PAD, PAD]]), torch.tensor([3, 1])
-        characters, scores = hw2_q3.beam_search(model, sources, lengths, 16, max_len=4)
-        for row, length in enumerate(lengths):
-            expected = every_spelling(model, sources[row : row + 1, :length], 6, 4)
-            best = sorted(expected.items(), key=lambda item: -item[1])[:16]
-            found = [tuple(n for n in spelled if n != PAD) for spelled in characters[row].tolist()]
-            assert found == [spelling for spelling, _ in best]
-            assert scores[row].tolist() == pytest.approx([score for _, score in best], abs=1e-5)
-
-
-def test_a_narrow_beam_is_sorted_and_its_scores_are_true():
-    vocabularies = hw2_q3.Vocabulary.of(["AB"]), hw2_q3.Vocabulary.of(["ab"])
-    model = build(vocabularies, 1)
-    sources, lengths = torch.tensor([[4, 5, 4]]), torch.tensor([3])
-    characters, scores = hw2_q3.beam_search(model, sources, lengths, 3, max_len=4)
-    expected = every_spelling(model, sources, 6, 4)
-    found = [tuple(n for n in spelled if n != PAD) for spelled in characters[0].tolist()]
-    assert len(set(found)) == 3
-    assert scores[0].tolist() == pytest.approx([expected[spelling] for spelling in found], abs=1e-5)
-    assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
-
-
-def test_fewer_spellings_than_the_beam_is_wide(vocabularies):
-    speller = build_speller(vocabularies)
-    found = speller.beam(speller.tensors(PAIRS[:2]), 40, max_len=1)
-    assert [len(options) for options in found] == [7, 7]  # six letters and the empty word
-
-
-def test_sampled_log_probabilities_are_the_models():
-    vocabularies = hw2_q3.Vocabulary.of(["AB"]), hw2_q3.Vocabulary.of(["ab"])
-    speller = build_speller(vocabularies, 2)
-    words = speller.tensors([(("A", "B"), "")])
-    expected = every_spelling(speller.model, words.sources, 6, 5)
-    spelled = {vocabularies[1].decode(numbers): score for numbers, score in expected.items()}
-    for spelling, score in speller.sample(words, p=1.0, k=20, seed=0, max_len=5)[0]:
-        assert score == pytest.approx(spelled[spelling], abs=1e-5)
-
-
 NUCLEI = {
-    "the crossing token is kept": ([0.5, 0.3, 0.15, 0.05], 0.7, [0.5, 0.3, 0, 0]),
+    "the token that crosses p is kept": ([0.5, 0.3, 0.15, 0.05], 0.7, [0.5, 0.3, 0, 0]),
     "reached exactly, no more": ([0.5, 0.25, 0.125, 0.125], 0.75, [0.5, 0.25, 0, 0]),
     "one token above p": ([0.05, 0.9, 0.05], 0.8, [0, 0.9, 0]),
     "p tiny": ([0.2, 0.3, 0.5], 1e-50, [0, 0, 0.5]),
@@ -569,58 +271,135 @@ NUCLEI = {
 
 @pytest.mark.parametrize(("probs", "p", "kept"), NUCLEI.values(), ids=NUCLEI)
 def test_nucleus_by_hand(probs, p, kept):
-    expected = torch.tensor([kept]) / sum(kept)
-    torch.testing.assert_close(hw2_q3.nucleus(torch.tensor([probs]).log(), p), expected)
+    """Also beside a row in another order."""
+    rows = torch.tensor([probs, sorted(probs, reverse=True)]).log()
+    expected = torch.tensor([kept, sorted(kept, reverse=True)]) / sum(kept)
+    assert_close(hw2_q3.nucleus(rows, p), expected)
 
 
-def test_nuclei_of_rows_do_not_mix():
-    rows = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]).log()
-    both = hw2_q3.nucleus(rows, 0.75)
-    for i in range(2):
-        torch.testing.assert_close(both[i : i + 1], hw2_q3.nucleus(rows[i : i + 1], 0.75))
-
-
-def test_the_sampler_has_the_nucleuss_frequencies():
+def test_samples_have_the_frequencies_of_the_nucleus():
     log_probs = torch.tensor([[0.0, 0.4, 0.3, 0.2, 0.1]]).log().expand(20000, 5)
-    drawn = hw2_q3.sampler(0.8, 0, "cpu")(log_probs).bincount(minlength=5) / 20000
-    expected = torch.tensor([0, 4 / 9, 3 / 9, 2 / 9, 0])
-    torch.testing.assert_close(drawn, expected, atol=0.012, rtol=0)
-    assert drawn[[0, 4]].sum() == 0
+    choose = hw2_q3.nucleus_sampler(0.8, seeded(0))
+    frequencies = choose(log_probs).bincount(minlength=5) / 20000
+    assert_close(frequencies, torch.tensor([0, 4 / 9, 3 / 9, 2 / 9, 0]), atol=0.012, rtol=0)
+    assert frequencies[[0, 4]].sum() == 0
 
 
-def test_samples_repeat_by_seed(vocabularies):
-    speller = build_speller(vocabularies)
-    words = speller.tensors(PAIRS)
-    a, b, c = (speller.sample(words, 0.9, 3, seed, 12) for seed in (1, 1, 2))
-    assert a == b
-    assert a != c
-    assert all(len(options) == 3 for options in a)
+@pytest.mark.parametrize("kind", [*SHAPES, "ensemble"])
+def test_decoding_equals_one_word_at_a_time(kind, monkeypatch):
+    """Spellings and log-probabilities, in one batch and in small ones."""
+    speller = make_speller(SHAPES.get(kind, ""), 3)
+    if kind == "ensemble":  # of models of different shapes
+        members = [speller.model, *(make_speller(line).model for line in SHAPES.values())]
+        speller = speller._replace(model=hw2_q3.Ensemble(members).eval())
+    model, pairs, decode = speller.model, speller.encode(PAIRS[:9]), speller.target.decode
+    sources, _ = unpad(pairs)
+    greedy = [[textbook_greedy(model, source, 5)] for source in sources]
+    beams = [textbook_beam(model, source, 3, 5)[0] for source in sources]
+    order = pairs.lengths.argsort(stable=True).tolist()  # words of like length share a batch
+    for size in (1024, 6):
+        monkeypatch.setattr(hw2_q3, "DECODE_BATCH_SIZE", size)
+        ways = (speller.greedy(pairs, 5), greedy), (speller.beam(pairs, 3, 5), beams)
+        for row, prefixes in itertools.chain(*(zip(*way, strict=True) for way in ways)):
+            expected = [(decode(p), pytest.approx(score, abs=1e-4)) for p, score in prefixes]
+            assert row == expected
+        drawn, generator = spellings(speller.sample(pairs, 0.8, 2, seeded(1), 5)), seeded(1)
+        for batch in (order[i : i + size // 2] for i in range(0, len(order), size // 2)):
+            words = [sources[i] for i in batch]
+            expected = map(decode, textbook_sample(model, words, 0.8, 2, generator, 5))
+            assert [spelling for i in batch for spelling in drawn[i]] == list(expected)
 
 
-@pytest.mark.parametrize("p", [0.8, 1.0])
-def test_sampling_never_emits_padding_start_or_unknown(vocabularies, p):
-    """Even from a model that would like to."""
-    model = build(vocabularies)
+def test_beam_search_finds_the_best_of_all_spellings():
+    """A beam that is wider than their number lists all, in order, like an exhaustive search."""
+    for seed in range(4):
+        speller = make_speller(seed=seed, pairs=[(("A", "B"), "ab")])
+        pairs = speller.encode([(tuple("ABA"), ""), (("B",), "")])
+        for source, ours in zip(unpad(pairs)[0], speller.beam(pairs, 40, 4)):
+            scores = {}
+            for word in (w for n in range(5) for w in itertools.product("ab", repeat=n)):
+                indices = [*speller.target.encode(word), END][:4]
+                prefixes = [(indices[:i], index) for i, index in enumerate(indices)]
+                steps = [next_log_probs(speller.model, source, p)[i] for p, i in prefixes]
+                scores["".join(word)] = pytest.approx(float(sum(steps)), abs=1e-5)
+            best = sorted(scores.items(), key=lambda item: -item[1].expected)
+            assert ours == best
+        assert first_of(speller.beam(pairs, 8, 4)) == first_of(speller.beam(pairs, 40, 4))
+
+
+def test_finished_rows_are_dropped():
+    """In decoding, and in training with input feeding."""
+    rows = []
+    speller = make_speller("--use_attn --input_feeding", seed=1)
+    pairs, cell = speller.encode(PAIRS), speller.model.decoder.cells[0]
+    cell.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    speller.model(pairs.sources, pairs.lengths, pairs.targets)
+    assert rows == (pairs.targets[:, 1:] != PAD).sum(0).tolist()
+    rows.clear()
+    drawn = speller.sample(pairs, 1.0, 3, seeded(0), 9)
+    steps = [min(len(spelling) + 1, 9) for row in drawn for spelling, _ in row]
+    assert rows == [sum(step > i for step in steps) for i in range(9)]
+    rows.clear()
+    speller.beam(pairs, 3, 5)
+    assert sum(rows) == sum(textbook_beam(speller.model, s, 3, 5)[1] for s in unpad(pairs)[0])
+
+
+def test_special_symbols_are_never_written():
+    """Even by a model that prefers them."""
+    speller = make_speller()
     with torch.no_grad():
-        model.decoder.output.bias[[PAD, UNK, START]] = 50.0
-    tensors = hw2_q3.to_tensors(PAIRS, *vocabularies)
-    choose = hw2_q3.sampler(p, 0, "cpu")
-    numbers, scores = hw2_q3.generate(model, tensors.sources, tensors.lengths, choose, 4, 15)
-    assert torch.isfinite(scores).all()
-    for row in numbers.flatten(0, 1).tolist():
-        end = row.index(END) if END in row else len(row)
-        assert all(number > END for number in row[:end])
-        assert all(number == PAD for number in row[end + 1 :])
+        speller.model.decoder.output.bias[[PAD, UNK, START]] = 50.0
+    pairs = speller.encode(PAIRS)
+    samples = [speller.sample(pairs, p, 4, seeded(0), 15) for p in (0.8, 1.0)]
+    for row in itertools.chain(*samples, speller.greedy(pairs), speller.beam(pairs, 3)):
+        assert set("".join(spelling for spelling, _ in row)) <= set("abcdef")
+        assert all(math.isfinite(score) for _, score in row)
+
+
+# ----------------------------------------------------------------------------------------------
+# symbols
+
+
+def test_symbols_are_encoded_padded_and_decoded():
+    speller = make_speller()
+    pairs = speller.encode([(("A", "B", "X"), "ab"), (("A",), "aby")])
+    assert pairs.sources.tolist() == [[4, 5, UNK], [4, PAD, PAD]]
+    assert pairs.targets.tolist() == [[START, 4, 5, END, PAD], [START, 4, 5, UNK, END]]
+    assert (pairs.lengths.tolist(), pairs.target_lengths.tolist()) == ([3, 1], [4, 5])
+    assert pairs.spellings == ["ab", "aby"]
+    for sounds, word in PAIRS:
+        assert speller.target.decode([*speller.target.encode(word), END, 5, 6]) == word
+        assert speller.source.decode(speller.source.encode(sounds)) == " ".join(sounds)
+    assert speller.target.decode([END]) == ""
+    assert hw2_q3.Vocabulary.of(["<", "<pad>"]).encode(["<pad>"]) == [UNK]  # text, not padding
+
+
+def test_audit_counts_words_of_two_splits_and_unseen_symbols():
+    train, held_out = [(("A",), "a")], [(("A",), "a"), (("B", "A"), "ba")]
+    data = utils.Pronunciations({"train": train, "val": held_out, "test": held_out[1:]})
+    assert list(hw2_q3.audit(data)) == [
+        "Words: 1 training, 2 validation, 1 test",
+        "Spellings seen in training: 1 of validation, 0 of test",
+        "Symbols not seen in training, read as unknown: 1 phonemes (B), 1 characters (b)",
+    ]
+
+
+def test_the_split_of_the_assignment(real_data):
+    data = utils.load_pronunciations(real_data / "pronunciations")
+    assert [len(data.splits[split]) for split in utils.SPLITS] == [10000, 1000, 1000]
+    assert "42 of validation, 45 of test" in " ".join(hw2_q3.audit(data))
+    assert data.splits["test"][0] == (("ɹ", "ə", "m", "e", "ɪ", "n", "d", "ɚ"), "remainder")
 
 
 # ----------------------------------------------------------------------------------------------
 # scores
 
-CASES = {
+ERRORS = {
     "match": (["abc"], ["abc"], 0, 0),
     "substitution": (["abd"], ["abc"], 1 / 3, 1),
     "insertion": (["abxc"], ["abc"], 1 / 3, 1),
     "deletion": (["ac"], ["abc"], 1 / 3, 1),
+    "all three": (["sitting"], ["kitten"], 3 / 6, 1),
     "nothing written": ([""], ["abc"], 1, 1),
     "much too long": (["aaaaaaaaab"], ["b"], 9, 1),
     "letter case counts": (["paris"], ["Paris"], 1 / 5, 1),
@@ -630,495 +409,465 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("predicted", "true", "characters", "words"), CASES.values(), ids=CASES)
-def test_error_rates(predicted, true, characters, words):
-    assert hw2_q3.cer(predicted, true) == pytest.approx(characters)
-    assert hw2_q3.wer(predicted, true) == pytest.approx(words)
-
-
-def distance(a, b):
-    """Levenshtein's, by his recurrence."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
-
-
-def test_error_rates_against_the_recurrence():
-    torch.manual_seed(0)
-    draw = lambda: "".join("abc"[i] for i in torch.randint(0, 3, (5,)))  # noqa: E731
-    pairs = [(draw(), draw()) for _ in range(50)]
-    predicted, true = zip(*pairs)
-    distances = [distance(a, b) for a, b in pairs]
-    assert hw2_q3.cer(predicted, true) == sum(distances) / 250
-    found = hw2_q3.score_candidates([[word] for word in predicted], true)
-    assert found["distances"] == distances
+@pytest.mark.parametrize(("predicted", "true", "cer", "wer"), ERRORS.values(), ids=ERRORS)
+def test_error_rates_by_hand(predicted, true, cer, wer):
+    assert hw2_q3.cer(predicted, true) == pytest.approx(cer)
+    assert hw2_q3.wer(predicted, true) == pytest.approx(wer)
 
 
 def test_phoneme_error_rates_by_hand():
-    """'t͡ʃ' is one phoneme of two characters; a word without any phoneme is empty."""
+    """'t͡ʃ' is one phoneme of three characters; a word without any phoneme is empty."""
     true, predicted = ["t͡ʃ iː z", "k æ t"], ["t͡ʃ i z", ""]
     assert hw2_q3.cer(predicted, true, str.split) == 4 / 6
     assert hw2_q3.distances(predicted, true, str.split) == [1, 3]
-    found = hw2_q3.score_candidates([[word] for word in predicted], true, 1, str.split)
-    assert (found["cer"], found["wer"], found["ranks"]) == (4 / 6, 1, [0, 0])
-    words = [[text.split() for text in texts] for texts in (predicted, true)]
-    common = hw2_q3.mistakes(*words)["common"]
-    assert ["iː", "i", 1] in common
-    assert ["k", "", 1] in common
 
 
-def test_wer_at_k():
+def test_scores_of_candidates_by_hand():
     candidates, true = [["a", "b", "c"], ["x", "y", "b"], ["q"]], ["b", "b", "b"]
     assert [hw2_q3.wer_at_k(candidates, true, k) for k in (1, 2, 3, 9)] == [1, 2 / 3, 1 / 3, 1 / 3]
-
-
-def test_scores_of_lists_of_different_length():
-    with pytest.raises(ValueError, match="zip"):
-        hw2_q3.cer(["a"], ["a", "b"])
-
-
-def test_scores_and_mistakes_by_hand():
-    true = ["abc", "bad", "cafe", "b"]
     candidates = [["abc", "abd"], ["bed", "bad"], ["kafe", "kaf"], ["ba"]]
-    scores = hw2_q3.score_candidates(candidates, true, 2)
+    scores = hw2_q3.score_candidates(candidates, ["abc", "bad", "cafe", "b"], 2)
     words = {"distances": [0, 1, 1, 1], "ranks": [1, 2, 0, 0]}
     assert scores == {"cer": 3 / 11, "wer": 0.75, "wer@2": 0.5} | words
-    final = {"greedy": scores, "lengths": [3, 3, 4, 1]}
-    assert hw2_q3.error(final, "greedy", "cer") == 3 / 11
-    assert hw2_q3.error(final, "greedy", "wer", [0, 1]) == 0.5
-    assert hw2_q3.error(final, "greedy", "wer@3", [0, 1]) == 0
-    found = hw2_q3.mistakes(["abc", "bed", "kafe", "ba"], true, most=2)
-    assert found == {"kinds": {"insert": 1, "replace": 2}, "common": [["", "a", 1], ["a", "e", 1]]}
-    assert hw2_q3.mistakes(["ac"], ["abc"])["common"] == [["b", "", 1]]
+
+
+@pytest.mark.parametrize("score", [hw2_q3.cer, hw2_q3.wer])
+def test_lists_of_different_length_have_no_score(score):
+    with pytest.raises(ValueError, match="zip"):
+        score(["a"], ["a", "b"])
 
 
 # ----------------------------------------------------------------------------------------------
-# training and testing
+# training
+
+
+def main(line, *argv):
+    """Run the script. Returns what it prints to standard output and to standard error."""
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        errors = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        hw2_q3.main([*line.split(), *map(str, argv)])
+    return output.getvalue(), errors.getvalue()
+
+
+def results(out):
+    """The record and the checkpoint of the one run in a folder."""
+    (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*.pt")
+    return utils.load_record(record), utils.load_checkpoint(checkpoint)
+
+
+def kill_after(monkeypatch, owner, name, call):
+    """Kill the run after the call-th call of the function `name` of `owner`."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def function(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if next(calls) == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, function)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The folder of the small language's .tsv files."""
+    folder = tmp_path_factory.mktemp("words")
+    for name, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        lines = "".join(f"{' '.join(sounds)}\t{word}\n" for sounds, word in DATA.splits[split])
+        (folder / f"{name}.tsv").write_text(lines, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture
-def train(folder, tmp_path):
-    """train(argv...) -> (record, checkpoint) of a run of 3 epochs on the small language."""
-
-    def run(*argv, out="out"):
-        out = tmp_path / out
-        argv = ["--data_dir", folder, "--output_dir", out, "--threads", 1, *argv]
-        hw2_q3.main([str(word) for word in ("--hidden_size", 16, "--n_epochs", 3, *argv)])
-        (record,), (checkpoint,) = out.glob("figures/runs/*"), out.glob("checkpoints/*.pt")
-        return utils.load_record(record), utils.load_checkpoint(checkpoint)
-
-    return run
+def out(tmp_path):
+    """The folder in which `run` writes."""
+    return tmp_path / "out"
 
 
-PARTS = ("model", "best")
+@pytest.fixture
+def run(words, out):
+    """run(line): the output of a command on the words; to train is to train a small model."""
+    folders = "--data_dir", words, "--output_dir", out
+    return lambda line="", *argv: main(SMALL, *folders, *line.split(), *argv)[0]
 
 
-def test_overfits_twenty_words(train, tmp_path):
-    write_tsv(tmp_path / "words", dict.fromkeys(("train", "valid", "test"), PAIRS[:20]))
-    argv = "--use_attn --dropout 0 --n_epochs 60 --hidden_size 48 --lr 0.01 --batch_size 8"
-    record, _ = train(*argv.split())
+@pytest.fixture(scope="module")
+def finished(words, tmp_path_factory):
+    """A folder with a finished run, scored in all ways, and the lines that it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    output, _ = main(f"{SMALL} {FULL}", "--data_dir", words, "--output_dir", folder)
+    return folder, output.splitlines()
+
+
+@pytest.fixture
+def copied(finished, out):
+    """The record and the checkpoint of the finished run, whose files are copied to `out`."""
+    return results(shutil.copytree(finished[0], out))
+
+
+def textbook_epoch(model, optimizer, words, epoch, args):
+    """Train word by word. Returns the mean loss per character; label smoothing spreads over the
+    characters that can be written, of which END is one."""
+    utils.seed_everything(args.seed, epoch)
+    batches, epoch_losses = torch.randperm(len(words)).split(args.batch_size), []
+    for i, batch in enumerate(batches):
+        losses = []
+        for source, target in (words[j] for j in batch):
+            logits, _ = textbook_logits(model, source, target[:-1])
+            for row, true in zip(logits, target[1:]):
+                log_probs = row.log_softmax(0)
+                if args.label_smoothing:
+                    log_probs = torch.cat((row[:END], row[END:].log_softmax(0)))
+                smooth = log_probs[END:].mean()
+                losses.append(-log_probs[true].lerp(smooth, args.label_smoothing))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        gradients = [weights.grad for weights in model.parameters()]
+        norm = math.sqrt(sum(gradient.square().sum() for gradient in gradients))
+        for gradient in gradients:
+            gradient *= min(1, args.clip / norm) if args.clip else 1
+        step, steps = (epoch - 1) * len(batches) + i, args.n_epochs * len(batches)
+        rate = utils.learning_rate(args.schedule, args.lr, step, steps)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        epoch_losses += [loss.item() for loss in losses]
+    return sum(epoch_losses) / len(epoch_losses)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--use_attn --batch_size 7", BEST], ids=["plain", "attention", "best"]
+)
+def test_training_equals_a_textbook_loop(run, out, line):
+    """Weights and losses after 3 epochs, dropout aside, in double precision."""
+    args = parse(f"{SMALL} {line} --dropout 0 --lr 0.02")
+    torch.set_default_dtype(torch.float64)
+    try:
+        run(f"{line} --dropout 0 --lr 0.02")
+        utils.seed_everything(args.seed)
+        vocabularies = hw2_q3.make_vocabularies(args, DATA)
+        model = hw2_q3.build_model(args, *vocabularies)
+        words = list(zip(*unpad(hw2_q3.encode_pairs(PAIRS, *vocabularies))))
+        optimizer = torch.optim.Adam(model.parameters())
+        losses = [textbook_epoch(model, optimizer, words, epoch, args) for epoch in (1, 2, 3)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    record, saved = results(out)
+    assert record["history"]["train_loss"] == pytest.approx(losses, rel=1e-5)
+    for name, weights in model.state_dict().items():
+        assert_close(saved["model"][name], weights, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_twenty_words_are_learned(run, words, out, tmp_path):
+    folder = shutil.copytree(words, tmp_path / "learned")
+    for name in ("valid", "test"):
+        shutil.copy(words / "train.tsv", folder / f"{name}.tsv")
+    line = "--use_attn --dropout 0 --n_epochs 60 --hidden_size 48 --lr 0.01 --batch_size 8"
+    run(line, "--data_dir", folder)
+    record, _ = results(out)
     assert min(record["history"]["val_cer"]) == 0
-    greedy = {"cer": 0, "wer": 0, "wer@1": 0, "distances": [0] * 20, "ranks": [1] * 20}
-    assert record["final"]["greedy"] == greedy
-    assert record["final"]["mistakes"] == {"kinds": {}, "common": []}
+    right = {"cer": 0, "wer": 0, "wer@1": 0, "distances": [0] * 20, "ranks": [1] * 20}
+    assert record["final"]["greedy"] == right
 
 
-def test_several_seeds_are_the_runs_one_by_one(folder, tmp_path, capsys, monkeypatch):
-    """Also where paths are relative to a folder that is not the project's."""
-    monkeypatch.chdir(tmp_path)
-    words = f"--n_epochs 2 --hidden_size 8 --data_dir {folder.name} --output_dir .".split()
-    hw2_q3.main([*words, "--seed", "1", "2", "--jobs", "2", "--use_attn"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    alone = tmp_path / "alone"
-    argv = "--seed", "2", "--use_attn", "--threads", "1", "--output_dir", str(alone)
-    hw2_q3.main([*words, *argv])
-    [path] = (alone / "checkpoints").glob("*.pt")
-    pairs = []
-    for place in (tmp_path, alone):
-        record = utils.load_record(place / "figures" / "runs" / f"{path.stem}.json")
-        pairs.append((record, utils.load_checkpoint(place / "checkpoints" / path.name)))
-    assert_equal_runs(*pairs, parts=("model", "best"))
-    assert f"{path.stem}: {hw2_q3.summary(pairs[0][0])}" in lines
+def test_the_embedding_of_unknown_symbols_is_never_trained(finished):
+    args = parse(f"{SMALL} {MODEL}")
+    utils.seed_everything(args.seed)
+    initial = hw2_q3.build_model(args, *hw2_q3.make_vocabularies(args, DATA)).encoder.embedding
+    trained = results(finished[0])[1]["model"]["encoder.embedding.weight"]
+    is_same = (trained == initial.weight).all(1)
+    assert is_same[UNK]
+    assert not is_same[END + 1 :].any()
 
 
-def test_an_ensemble_trains_what_is_missing_and_is_scored_as_one(folder, tmp_path, capsys):
-    where = ["--data_dir", folder, "--output_dir", tmp_path, "--n_epochs", 2, "--hidden_size", 8]
-    argv = [str(word) for word in (*where, "--seed", 1, 2, "--ensemble", "--beam_size", 2)]
-    hw2_q3.main(argv)
-    assert "Beam search, size 2, the best:" in capsys.readouterr().out
-    records = {path.name: path.read_bytes() for path in tmp_path.glob("figures/runs/*")}
-    assert len(records) == 3
-    [name] = [name for name in records if "ensemble" in name]
-    record = utils.load_record(tmp_path / "figures" / "runs" / name)
-    assert record["config"]["options"]["seed"] == [1, 2]
-    assert (
-        record["command"] == "python hw2_q3.py --n_epochs 2 --hidden_size 8 --ensemble --seed 1 2"
-    )
-    one, other = tmp_path.glob("checkpoints/*.pt")
-    saved = utils.load_checkpoint(other)  # as if its training had been interrupted there
-    short = {column: values[:1] for column, values in saved["history"].items()}
-    saved |= {"history": short, "seconds": saved["seconds"][:1], "finished": False}
-    utils.save_checkpoint(other, **saved)
-    with pytest.raises(utils.UserError, match="not trained to its end"):
-        hw2_q3.main(["test", *argv])
-    capsys.readouterr()
-    hw2_q3.main(argv)
-    assert f"{one.stem}: Test CER" in capsys.readouterr().out
-    assert len(utils.load_checkpoint(other)["seconds"]) == 2
-    path = tmp_path / "figures" / "runs" / f"{one.stem}.json"
-    trained = {key: value for key, value in utils.load_record(path).items() if key != "final"}
-    utils.save_record(path, trained)  # as if it had only been trained
-    hw2_q3.main(argv)
-    assert f"{one.stem}: trained, not tested (from its record)" in capsys.readouterr().out
-    one.unlink()
-    other.unlink()  # as in a clone, which has records alone
-    hw2_q3.main(argv)
-    again = utils.load_record(tmp_path / "figures" / "runs" / name)
-    assert again["final"] == record["final"]
-    paths = tmp_path.glob("checkpoints/*.pt")
-    spellers = [hw2_q3.load_speller(path, "cpu")[0] for path in paths]
-    ensemble = spellers[0]._replace(model=hw2_q3.Ensemble([s.model for s in spellers]))
-    words = ensemble.tensors(PAIRS[8:18])
-    [wer] = {hw2_q3.wer([found[0][0] for found in ensemble.greedy(words)], words.spellings)}
-    assert record["final"]["greedy"]["wer"] == wer
-    capsys.readouterr()
-    hw2_q3.main(["spell", "C A B", *argv])
-    out, err = capsys.readouterr()
-    assert "the ensemble" in err
-    [found] = ensemble.beam(ensemble.tensors([(("C", "A", "B"), "")]), 2)
-    assert [line.split("\t")[1] for line in out.splitlines()] == [w for w, _ in found]
-    for size, kept in ((5, False), (2, True)):  # the report compares beams of 5
-        hw2_q3.main(["test", *argv, "--beam_size", str(size)])
-        assert ("The record keeps the scores" in capsys.readouterr().out) == kept
-    assert utils.load_record(tmp_path / "figures" / "runs" / name)["final"]["beam"]["size"] == 5
+def test_a_run_has_one_thread_unless_the_arguments_say(run, monkeypatch):
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    run("train --n_epochs 1")
+    run("train --n_epochs 1 --threads 2")
+    assert counts == [1, 2]
 
 
-def test_what_was_only_trained_is_only_tested(train, monkeypatch):
-    record, _ = train("train")
+MOMENTS = {
+    "after an epoch": (utils, "save_checkpoint", 2, "Resuming after epoch 2\n"),
+    "within an epoch": (torch.optim.Adam, "step", 13, "Resuming after epoch 2\n"),
+    "after the test": (hw2_q3, "test", 1, "Training is finished"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
+def test_a_killed_run_resumes_to_the_same_bits(run, out, finished, monkeypatch, moment):
+    owner, name, call, said = moment
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, owner, name, call)
+        run(FULL)
+    assert said in run(FULL)
+    assert_equal_runs(results(out), results(finished[0]), ("model", "best"))
+
+
+def test_the_best_epoch_is_tested(run, out, tmp_path, monkeypatch):
+    """The scores make the second epoch the best; of equal ones the first is."""
+    run("train --lr 0.05 --n_epochs 2", "--output_dir", tmp_path / "second")
+    scores = iter([0.9, 0.3, 0.3])
+    monkeypatch.setattr(hw2_q3, "cer", lambda *args: next(scores, 0.0))
+    run("--lr 0.05")
+    (_, second), (record, saved) = results(tmp_path / "second"), results(out)
+    assert record["best_epoch"] == 2
+    assert all(torch.equal(saved["best"][name], w) for name, w in second["model"].items())
+    speller = make_speller("")
+    pairs, distances = speller.encode(DATA.splits["test"]), []
+    for weights in (second["model"], saved["model"]):
+        speller.model.load_state_dict(weights)
+        distances.append(hw2_q3.distances(first_of(speller.greedy(pairs)), TRUE))
+    assert record["final"]["greedy"]["distances"] == distances[0] != distances[1]
+
+
+DIVERGENCES = {
+    "the loss is no number": (lambda loss: loss * math.nan, 7, 2, 2),
+    "the last step's gradient is none": (lambda loss: loss + (loss * 0).sqrt(), 5, 1, 5),
+}
+
+
+@pytest.mark.parametrize(("spoil", "step", "epoch", "batch"), DIVERGENCES.values(), ids=DIVERGENCES)
+def test_divergence_is_recorded(run, out, monkeypatch, spoil, step, epoch, batch):
+    real, steps = F.cross_entropy, itertools.count(1)
+
+    def cross_entropy(*args, **kwargs):
+        loss = real(*args, **kwargs)
+        return spoil(loss) if next(steps) == step else loss
+
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
+    with pytest.raises(utils.UserError, match=f"epoch {epoch}, batch {batch}; .*learning rate"):
+        run()
+    (record,) = map(utils.load_record, out.glob("figures/runs/*"))
+    assert (record["diverged_in_epoch"], record["diverged_in_batch"]) == (epoch, batch)
+    assert len(record["history"].get("train_loss", [])) == epoch - 1
     assert "final" not in record
-    monkeypatch.setattr(hw2_q3, "train_epoch", None)
-    again, _ = train()
-    assert again["history"] == record["history"]
-    assert "final" in again
+    assert hw2_q3.summary(record) == f"diverged in epoch {epoch}"
 
 
-def test_a_model_without_its_record_is_not_tested(train, tmp_path, folder, fails, monkeypatch):
-    record, _ = train()
-    (path,) = tmp_path.glob("out/figures/runs/*.json")
-    path.unlink()
-    monkeypatch.setattr(hw2_q3, "score", None)
-    argv = ["--data_dir", folder, "--output_dir", tmp_path / "out"]
-    line = fails(hw2_q3.main, ["test", *record["command"].split()[2:], *argv])
-    assert f"{path}: no such record" in line
+@needs_cuda
+@pytest.mark.parametrize("line", ["--use_attn", BEST], ids=["report", "best"])
+def test_cuda_gives_the_same_bits_twice(run, tmp_path, line):
+    for out in "ab":
+        line += " --nucleus --beam_size 2 --device cuda"
+        run(line, "--output_dir", tmp_path / out)
+    assert_equal_runs(results(tmp_path / "a"), results(tmp_path / "b"), ("model", "best"))
 
 
-@pytest.mark.parametrize("mode", ["test", "spell"])
-def test_an_ensemble_of_models_that_are_not_there(folder, tmp_path, fails, mode):
-    argv = [mode, "--ensemble", "--seed", 1, 2, "--data_dir", folder, "--output_dir", tmp_path]
-    assert "-seed1-pronunciations-" in fails(hw2_q3.main, argv)
+@needs_cuda
+@every_shape
+def test_cuda_computes_what_the_cpu_computes(shape):
+    speller, outcomes = make_speller(shape), []
+    for device in ("cpu", "cuda"):
+        speller.model.to(device)
+        pairs = speller.encode(PAIRS)
+        logits, _ = speller.model(pairs.sources, pairs.lengths, pairs.targets)
+        ways = speller.greedy(pairs, 9), speller.beam(pairs, 3, 9)
+        outcomes.append((logits.detach().cpu(), *map(spellings, ways)))
+    (logits, *texts), (cuda_logits, *cuda_texts) = outcomes
+    assert_close(cuda_logits, logits, rtol=1e-3, atol=1e-4)
+    assert cuda_texts == texts
 
 
-@pytest.mark.parametrize("argv", [["--use_attn"], []], ids=["attention", "plain"])
-def test_output_record_and_figures_of_a_run(train, tmp_path, capsys, argv, words):
-    record, saved = train(*argv, "--nucleus", "--beam_size", 4)
-    lines = capsys.readouterr().out.splitlines()
-    final = record["final"]
-    assert sum("Validation CER: " in line for line in lines) == 3
-    scores = [line for line in lines if line.startswith("Test CER: ")]
-    expected = [final[name] for name in ("greedy", "nucleus", "beam")]
-    assert scores == [f"Test CER: {s['cer']:.4f}, Test WER: {s['wer']:.4f}" for s in expected]
-    assert any("p = 0.8" in line for line in lines)
-    at = lines.index("Printing first 10 examples with multiple predictions:")
-    for line, (word, spellings) in zip(lines[at + 1 : at + 11], final["examples"]):
-        assert line == f"({word!r}, {{{', '.join(map(repr, spellings))}}})"
-        assert len(set(spellings)) == len(spellings) <= 3
-    assert [word for word, _ in final["examples"]] == [w for _, w in words.splits["test"]]
-    assert lines[at + 11] == f"Test WER@3: {final['nucleus']['wer@3']:.4f}"
-    at = lines.index("Printing first 10 examples with their 3 best and log-probabilities:")
-    assert [word for word, _ in final["beam"]["examples"]] == [w for w, _ in final["examples"]]
-    for line, (word, found) in zip(lines[at + 1 : at + 11], final["beam"]["examples"]):
-        assert ast.literal_eval(line) == (word, dict(found))
-        assert [score for _, score in found] == sorted((s for _, s in found), reverse=True)
-        assert len(dict(found)) == len(found) == 3
-    assert lines[at + 11] == f"Test WER@3: {final['beam']['wer@3']:.4f}"
-    for curve in final["curves"].values():
-        assert len(curve) == 10
-        assert curve == sorted(curve, reverse=True)
-    assert record["best_epoch"] == 1 + record["history"]["val_cer"].index(
-        min(record["history"]["val_cer"])
-    )
-    assert saved["finished"]
-    (figures,) = (tmp_path / "out" / "figures").glob("q3-*")
-    names = {"validation-cer", "wer-at-k"} | ({"attention"} if argv else set())
-    assert {path.stem for path in figures.iterdir()} == names
-    for path in figures.iterdir():
-        assert Image.open(path).width >= 600
+# ----------------------------------------------------------------------------------------------
+# testing
+
+
+def test_the_output_of_a_run(finished):
+    (record, _), lines = results(finished[0]), finished[1]
+    nucleus, beam = record["final"]["nucleus"], record["final"]["beam"]
+    epoch = r"Epoch  \d/3  Training loss: [\d.]+  Validation CER: [\d.]+  Validation WER: [\d.]+ "
+    assert sum(re.match(epoch, line) is not None for line in lines) == 3
+    scores = record["final"]["greedy"], nucleus, beam
+    expected = [f"Test CER: {s['cer']:.4f}, Test WER: {s['wer']:.4f}" for s in scores]
+    assert [line for line in lines if line.startswith("Test CER")] == expected
+    assert "Nucleus sampling, p = 0.8, the first of 3 samples:" in lines
+    at = lines.index("Printing first 10 examples with multiple predictions:") + 1
+    for line, word, example in zip(lines[at : at + 10], TRUE, nucleus["examples"], strict=True):
+        assert line == f"({word!r}, {{{', '.join(map(repr, example[1]))}}})"
+        assert example[0] == word
+    assert lines[at + 10] == f"Test WER@3: {nucleus['wer@3']:.4f}"
+    at = lines.index("Printing first 10 examples with their 3 best and log-probabilities:") + 1
+    for line, word, example in zip(lines[at : at + 10], TRUE, beam["examples"], strict=True):
+        assert ast.literal_eval(line) == (word, dict(example[1]))
+        assert [score for _, score in example[1]] == sorted(dict(example[1]).values(), reverse=True)
+    assert lines[at + 10] == f"Test WER@3: {beam['wer@3']:.4f}"
+
+
+def test_the_record_of_a_run(finished, words):
+    folder, (record, saved) = finished[0], results(finished[0])
+    parts = "command arguments data training_version parameters history measured best_epoch final"
+    assert list(record) == parts.split()
+    options = {"n_epochs": 3, "batch_size": 4, "hidden_size": 16, "use_attn": True, "layers": 2}
+    options |= {"schedule": "one_cycle", "clip": 0.2}
+    assert record["arguments"] == saved["arguments"] == options
+    assert record["data"] == {"name": "pronunciations", "fingerprint": DATA.fingerprint}
+    assert list(record["history"]) == ["train_loss", "val_cer", "val_wer"]
+    assert all(len(values) == 3 for values in record["history"].values())
+    final, words_too = record["final"], ["distances", "ranks"]
+    assert list(final) == ["max_len", "greedy", "nucleus", "beam", "attention"]
+    assert list(final["greedy"]) == ["cer", "wer", "wer@1", *words_too]
+    assert list(final["nucleus"]) == ["p", "k", "cer", "wer", "wer@3", *words_too, "examples"]
+    assert list(final["beam"]) == ["size", "cer", "wer", "wer@3", *words_too, "examples"]
+    assert len(final["attention"]) == 4
     for example in final["attention"]:
         weights = torch.tensor(example["weights"])
         assert weights.shape == (len(example["letters"]), len(example["phonemes"]))
-        torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)), atol=1e-3, rtol=0)
-    assert len(final["attention"]) == (4 if argv else 0)
-    assert str(tmp_path) not in json.dumps(record)
+        assert_close(weights.sum(1), torch.ones(len(weights)), atol=1e-3, rtol=0)
+    assert not [path for path in (folder, words) if str(path) in json.dumps(record)]
+    figures = {path.name: Image.open(path) for path in folder.glob("figures/q3-*/*")}
+    assert figures.keys() == {"validation-cer.png", "attention.png"}
+    assert all(image.width >= 600 for image in figures.values())
 
 
-def test_the_best_epochs_weights_are_tested(train, monkeypatch, tmp_path):
-    """The second of three epochs is made the best by its score; of equal ones the first is."""
-    scores = iter([0.9, 0.3, 0.3])
-    weights = []
-
-    def cer(predicted, true, split):
-        return next(scores, 0.0)
-
-    real_save = utils.save_run
-
-    def save(run, model, *args, **kwargs):
-        weights.append({name: w.clone() for name, w in model.state_dict().items()})
-        real_save(run, model, *args, **kwargs)
-
-    monkeypatch.setattr(hw2_q3, "cer", cer)
-    monkeypatch.setattr(utils, "save_run", save)
-    record, saved = train()
-    assert record["best_epoch"] == 2
-    for name, best in saved["best"].items():
-        assert torch.equal(best, weights[1][name])
-        assert torch.equal(saved["model"][name], weights[2][name])
-    [path] = tmp_path.glob("out/checkpoints/*.pt")
-    speller, _ = hw2_q3.load_speller(path, "cpu")
-    for name, tested in speller.model.state_dict().items():
-        assert torch.equal(tested, weights[1][name])
+def test_nucleus_ranks_are_over_ten_samples_and_scores_over_the_first_k(finished):
+    (path,) = finished[0].glob("checkpoints/*.pt")
+    speller, args, _ = hw2_q3.load_speller(path, "cpu")
+    pairs = speller.encode(DATA.splits["test"])
+    samples = spellings(speller.sample(pairs, 0.8, 10, seeded(args.seed)))
+    nucleus = results(finished[0])[0]["final"]["nucleus"]
+    assert hw2_q3.score_candidates(samples, TRUE, 3).items() <= nucleus.items()
+    distinct = [list(dict.fromkeys(row[:3])) for row in samples]
+    assert nucleus["examples"] == [list(example) for example in zip(TRUE, distinct)]
 
 
-def test_an_epoch_looks_at_every_batchs_loss(vocabularies, words):
-    pairs = hw2_q3.to_tensors(words.splits["train"], *vocabularies)
-    totals, batches = torch.zeros(3), []
-
-    def step(*batch):
-        batches.append(batch)
-        loss = math.nan if len(batches) == 3 else 1.0
-        totals.add_(torch.tensor([loss, 1.0, float(math.isfinite(loss))]))
-
-    with pytest.raises(utils.Diverged) as stop:
-        hw2_q3.train_epoch(step, totals, pairs, 2)
-    assert stop.value.batch == len(batches) == 3
+def test_a_finished_run_is_scored_again_not_retrained(run, out, copied, monkeypatch):
+    monkeypatch.setattr(hw2_q3, "train_one_epoch", None)
+    output = run(FULL)
+    assert "Training is finished; --restart retrains it\n" in output
+    assert output.count("Test CER") == 3
+    assert_equal_runs(results(out), copied, ("model", "best"))
 
 
-def test_an_unfinished_checkpoint_leaves_the_record_alone(train, tmp_path, folder, monkeypatch):
-    """Trained anew and killed after an epoch, then tested: the record is still the first one's."""
-    record, _ = train()
-    real_save = utils.save_run
-
-    def save(*args, **kwargs):
-        real_save(*args, **kwargs)
-        raise Killed
-
-    monkeypatch.setattr(utils, "save_run", save)
-    with pytest.raises(Killed):
-        train()
-    argv = f"test --data_dir {folder} --output_dir {tmp_path / 'out'} --hidden_size 16 --n_epochs 3"
-    hw2_q3.main(argv.split())
-    [path] = tmp_path.glob("out/figures/runs/*")
-    assert utils.load_record(path) == record
+def test_retraining_says_whether_it_got_the_numbers_of_the_record(run, out, copied):
+    (checkpoint,), (record,) = out.glob("checkpoints/*.pt"), out.glob("figures/runs/*")
+    checkpoint.unlink()  # as in a clone, which has records alone
+    output = run(MODEL)
+    assert "Epoch  1/3" in output
+    assert "the same numbers" in output
+    assert_equal_runs(results(out), copied, ("model", "best"))
+    history = copied[0]["history"] | {"val_cer": [1, 2, 3]}
+    utils.save_record(record, copied[0] | {"history": history})
+    output = run(f"{MODEL} --restart")
+    assert "Epoch  1/3" in output
+    assert "other numbers" in output
+    assert results(out)[0]["history"] == copied[0]["history"]
 
 
-def test_the_longest_spelling_is_as_asked(train, capsys):
-    record, _ = train("--max_len", 2)
-    assert record["final"]["max_len"] == 2
-    assert all(len(s) <= 2 for _, spellings in record["final"]["examples"] for s in spellings)
-    assert hw2_q3.spelled_alike([record]) == []  # so the report's tables leave it out
-    assert f"{record['command']}: left out" in capsys.readouterr().err
+def test_training_and_each_way_of_testing_apart_complete_the_same_record(finished, run, out):
+    assert "Test" not in run(f"train {FULL}")
+    assert "final" not in results(out)[0]
+    outputs = [run(f"test {MODEL} {way}") for way in ("", "--nucleus", "--beam_size 4")]
+    is_score = re.compile(r"Test |\(|Nucleus|Beam|Printing").match
+    assert set(filter(is_score, finished[1])) <= set("".join(outputs).splitlines())
+    assert_equal_runs(results(out), results(finished[0]), ("model", "best"))
 
 
-def test_other_decoding_options_leave_the_scores_of_the_report_alone(
-    train, folder, tmp_path, capsys
-):
-    record, _ = train()
-    assert hw2_q3.is_spelled_alike(record)
-    argv = f"test --data_dir {folder} --output_dir {tmp_path / 'out'} --hidden_size 16 --n_epochs 3"
-    for more in ("--k 5", "--topp 0.9", "--beam_size 3", "--max_len 7"):
-        hw2_q3.main(f"{argv} {more}".split())
-        assert "The record keeps the scores" in capsys.readouterr().out
-    [path] = tmp_path.glob("out/figures/runs/*")
-    assert utils.load_record(path) == record
+def test_the_record_has_the_scores_that_were_asked_for(run, out):
+    run("--max_len 2 --topp 1 --k 12")
+    final = results(out)[0]["final"]
+    assert list(final) == ["max_len", "greedy", "nucleus"]
+    assert (final["max_len"], final["nucleus"]["p"], final["nucleus"]["k"]) == (2, 1, 12)
+    assert "wer@12" in final["nucleus"]
+    assert max(len(text) for _, row in final["nucleus"]["examples"] for text in row) == 2
 
 
-def test_spell_chooses_among_the_models_of_the_words_that_are_meant(
-    train, folder, tmp_path, capsys
-):
-    train()
-    (first,) = tmp_path.glob("out/checkpoints/*.pt")
-    saved = utils.load_checkpoint(first)
-
-    def save(name, error, **more):
-        config = saved["config"] | {"data": saved["config"]["data"] | {"name": name} | more}
-        history = saved["history"] | {"val_cer": [error] * len(saved["seconds"])}
-        path = first.with_name(f"q3-{name}.pt")
-        utils.save_checkpoint(path, **saved | {"config": config, "history": history})
-
-    def chosen(*more):
-        hw2_q3.main(["spell", "k æ t", "--output_dir", str(tmp_path / "out"), *more])
-        return capsys.readouterr().err
-
-    first.unlink()
-    save("portuguese", 0.1, fingerprint="of Portuguese")
-    assert "trained on the words in data/portuguese, validation CER 0.1000" in chosen()
-    save("pronunciations", 0.5)
-    assert "trained on your words, validation CER 0.5000" in chosen()
-    assert "validation CER 0.5000" in chosen("--data_dir", str(tmp_path))
-    assert "validation CER 0.5000" in chosen("--data_dir", str(folder))
-    save("pronunciations", 0.3, fingerprint="of others")
-    assert "validation CER 0.3000" in chosen()
-    with pytest.raises(utils.UserError, match="no trained network there"):
-        chosen("--data_dir", str(folder))  # which has other words than the model
-
-
-@pytest.mark.parametrize("losses", [[math.nan], [0.5, math.inf]])
-def test_a_loss_that_explodes_stops_the_run(train, monkeypatch, tmp_path, losses):
-    left = iter(losses)
-
-    def train_epoch(step, totals, *rest):
-        totals[:] = totals.new_tensor([next(left), 1, 6])
-        utils.check_totals(totals, 7, 10)
-        return totals[0].item()
-
-    monkeypatch.setattr(hw2_q3, "train_epoch", train_epoch)
-    where = f"epoch {len(losses)}, batch 7, and training stopped"
-    with pytest.raises(utils.UserError, match=where):
-        train()
-    (record,) = map(utils.load_record, tmp_path.glob("out/figures/runs/*"))
-    assert record["history"].get("train_loss", []) == losses[:-1]
-    assert "final" not in record
-
-
-def test_the_same_run_twice_gives_the_same_bits(train):
-    first, second = (train("--use_attn", out=out) for out in "ab")
-    assert_equal_runs(first, second, PARTS)
-
-
-@pytest.mark.parametrize("recipe", ["report", "best"])
-@pytest.mark.parametrize("moment", ["after an epoch", "within an epoch", "before the test"])
-def test_a_killed_run_continues_to_the_same_bits(train, monkeypatch, capsys, moment, recipe):
-    argv = ["--use_attn", "--n_epochs", 5, "--batch_size", 4, "--recipe", recipe]
-    real_save, real_step, real_test = utils.save_run, hw2_q3.make_step, hw2_q3.test
-    done = []
-
-    def save(*args, **kwargs):
-        real_save(*args, **kwargs)
-        done.append(1)
-        if moment == "after an epoch" and len(done) == 2:
-            raise Killed
-
-    def make_step(*args):
-        step = real_step(*args)
-
-        def dying(*batch):
-            step(*batch)
-            if moment == "within an epoch" and len(done) == 2:
-                raise Killed
-
-        return dying
-
-    def test(*args):
-        if moment == "before the test":
-            raise Killed
-        real_test(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "save_run", save)
-        patch.setattr(hw2_q3, "make_step", make_step)
-        patch.setattr(hw2_q3, "test", test)
-        with pytest.raises(Killed):
-            train(*argv)
-    capsys.readouterr()
-    continued = train(*argv)
-    epochs = 5 if moment == "before the test" else 2
-    assert f"Going on after epoch {epochs}" in capsys.readouterr().out
-    whole = train(*argv, out="undisturbed")
-    assert_equal_runs(continued, whole, PARTS)
-
-
-def test_a_finished_run_and_restart_begin_anew(train, monkeypatch, capsys):
-    first = train("--use_attn")
-
-    def stop(*args):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hw2_q3, "test", stop)
-        with pytest.raises(Killed):
-            train("--use_attn")
-    again = train("--use_attn", "--restart")
-    assert "Going on" not in capsys.readouterr().out
-    assert_equal_runs(first, again, PARTS)
-
-
-def test_train_then_test_is_the_same_as_both(train, folder, tmp_path, capsys):
-    both = train("--nucleus", out="both")
-    text = capsys.readouterr().out
-    argv = ["--data_dir", folder, "--output_dir", tmp_path / "apart", "--hidden_size", 16]
-    argv = [str(word) for word in (*argv, "--n_epochs", 3, "--threads", 1)]
-    hw2_q3.main(["train", *argv])
-    assert "Test CER" not in capsys.readouterr().out
-    hw2_q3.main(["test", "--nucleus", *argv])
-    again = capsys.readouterr().out
-    (record,) = (tmp_path / "apart" / "figures" / "runs").iterdir()
-    (checkpoint,) = (tmp_path / "apart" / "checkpoints").glob("*.pt")
-    apart = utils.load_record(record), utils.load_checkpoint(checkpoint)
-    assert_equal_runs(apart, both, PARTS)
-    tail = text[text.index("Test CER") : text.index("Figures")]
-    assert tail in again
-    hw2_q3.main(["test", "--nucleus", *argv])
-    assert tail in capsys.readouterr().out
-
-
-def test_another_checkpoint_is_tested_but_not_recorded(train, folder, tmp_path, capsys):
-    train("--use_attn", "--checkpoint_name", "mine.pt", out="a")
-    mine = tmp_path / "a" / "checkpoints" / "mine.pt"
-    argv = ["--data_dir", folder, "--output_dir", tmp_path / "b", "--checkpoint_name", mine]
-    hw2_q3.main(["test", *map(str, argv)])
-    output = capsys.readouterr().out
+def test_an_unfinished_checkpoint_writes_no_record(run, out, copied, monkeypatch):
+    """A finished run is trained again, killed after an epoch, and tested."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, utils, "save_checkpoint", 1)
+        run(f"{MODEL} --restart")
+    output = run(f"test {MODEL}")
     assert "Test CER" in output
-    assert "no record" in output
-    assert not (tmp_path / "b").exists()
+    assert "record is not written" in output
+    assert results(out)[0] == copied[0]
 
 
-def test_bad_checkpoints(train, folder, tmp_path, fails):
-    argv = ["test", "--data_dir", folder, "--output_dir", tmp_path]
-    assert "train the model first" in fails(hw2_q3.main, argv)
-    save_checkpoint(tmp_path / "x.pt")
-    argv += ["--checkpoint_name", tmp_path / "x.pt"]
-    assert "not a model of question 3" in fails(hw2_q3.main, argv)
+def test_checkpoints_of_other_runs(run, out, tmp_path):
+    """They are tested without a record, in their own direction, and not trained further."""
+    run("train --use_attn --checkpoint_name mine.pt")
+    path = ["--checkpoint_name", out / "checkpoints" / "mine.pt"]
+    output = run("test", *path, "--output_dir", tmp_path / "other")
+    assert "Test CER" in output
+    assert "record is not written" in output
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(utils.UserError, match=r"mine\.pt: was trained with the other --direction"):
+        run("test --direction g2p", *path)
+    with pytest.raises(utils.UserError, match=r"mine\.pt: belongs to another run"):
+        run("", *path)
 
 
-def test_without_data_the_sample_is_used_and_marked(tmp_path, monkeypatch, capsys, words):
-    monkeypatch.setattr(hw2_q3, "DATA_DIR", tmp_path)
-    small = utils.Pronunciations(words.splits, "sample")
-    monkeypatch.setattr("data.sample.choose_pronunciations", lambda: small)
-    argv = ["--n_epochs", 1, "--hidden_size", 8, "--nucleus", "--output_dir", tmp_path]
-    hw2_q3.main([str(word) for word in argv])
-    output = capsys.readouterr().out
+@pytest.mark.parametrize("argv", [[], ["--checkpoint_name", "no/such.pt"]])
+def test_a_missing_checkpoint_is_not_tested(run, tmp_path, argv):
+    with pytest.raises(utils.UserError, match="no such checkpoint; train the model first"):
+        run("test", *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_sample_is_used_without_data_and_marked(out, monkeypatch):
+    monkeypatch.setattr(hw2_q3, "DATA_DIR", out)
+    sample = utils.Pronunciations(DATA.splits, "sample")
+    monkeypatch.setattr("data.sample.choose_pronunciations", lambda: sample)
+    output, _ = main(f"{SMALL} --n_epochs 1 --nucleus --output_dir", out)
     assert "built-in SAMPLE" in output
-    assert output.count("(built-in sample)") == 3
-    assert list(tmp_path.glob("figures/runs/*-sample-*.json"))
+    assert output.count("(built-in sample)\n") == 3
+    assert list(out.glob("figures/runs/*-sample-*.json"))
 
 
-def test_audit_counts_words_on_two_sides_and_new_symbols():
-    train, held_out = [(("A",), "a")], [(("A",), "a"), (("B", "A"), "ba")]
-    data = utils.Pronunciations({"train": train, "val": held_out, "test": held_out[1:]})
-    text = " ".join(hw2_q3.audit(data))
-    assert "1 training, 2 validation, 1 test" in text
-    assert "1 of validation, 0 of test" in text
-    assert "1 phonemes (B), 1 characters (b)" in text
+# ----------------------------------------------------------------------------------------------
+# several runs
 
 
-def test_the_assignments_split(real_data):
-    data = utils.load_pronunciations(real_data / "pronunciations")
-    assert [len(data.splits[split]) for split in utils.SPLITS] == [10000, 1000, 1000]
-    assert "42 of validation, 45 of test" in " ".join(hw2_q3.audit(data))
-    assert data.splits["test"][0] == (("ɹ", "ə", "m", "e", "ɪ", "n", "d", "ɚ"), "remainder")
+@pytest.fixture(scope="module")
+def seeds(words, tmp_path_factory):
+    """A folder with two seeds, trained side by side from elsewhere, and the lines printed."""
+    folder = tmp_path_factory.mktemp("seeds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        folders = "--data_dir", os.path.relpath(words), "--output_dir", folder.name
+        output, _ = main(f"{SMALL} --use_attn --seed 1 2 --jobs 2", *folders)
+    return folder, output.splitlines()
+
+
+def test_seeds_side_by_side_are_the_runs_one_by_one(seeds, run, out):
+    folder, lines = seeds
+    run("--use_attn --seed 2")
+    alone, (path,) = results(out), out.glob("checkpoints/*.pt")
+    record = utils.load_record(folder / "figures" / "runs" / f"{path.stem}.json")
+    beside = record, utils.load_checkpoint(folder / "checkpoints" / path.name)
+    assert_equal_runs(alone, beside, ("model", "best"))
+    assert len(lines) == 2
+    assert f"{path.stem}: {hw2_q3.summary(record)}" in lines
+    assert hw2_q3.summary(record).startswith("Test CER: ")
+
+
+def test_an_ensemble_trains_its_missing_members_and_spells_as_one(seeds, words, run, out):
+    shutil.copytree(seeds[0], out)
+    one, other = sorted(out.glob("checkpoints/*.pt"))
+    other.unlink()
+    line = "--use_attn --ensemble --seed 1 2"
+    with pytest.raises(utils.UserError, match=f"{other.name}: missing or unfinished"):
+        run(f"test {line}")
+    output = run(line)
+    assert re.search(rf"{one.stem}: Test CER.* \(finished", output)
+    assert f"\n{other.stem}: Test CER" in output
+    run(f"test --beam_size 2 {line}")
+    (record,) = map(utils.load_record, out.glob("figures/runs/*ensemble*"))
+    assert record["arguments"]["seed"] == [1, 2]
+    spellers = [hw2_q3.load_speller(path, "cpu")[0] for path in (one, other)]
+    ensemble = spellers[0]._replace(model=hw2_q3.Ensemble([s.model for s in spellers]))
+    pairs = ensemble.encode(DATA.splits["test"])
+    beam = ensemble.beam(pairs, 2)
+    for way, rows in (("greedy", ensemble.greedy(pairs)), ("beam", beam)):
+        expected = hw2_q3.distances(first_of(rows), TRUE)
+        assert record["final"][way]["distances"] == expected
+    output = run(f"spell DAD --beam_size 2 {line}")
+    assert output.splitlines() == [f"D A D\t{text}\t{score:.3f}" for text, score in beam[0]]
+    saved = utils.load_checkpoint(other)
+    torch.save(saved | {"seconds": saved["seconds"][:1]}, other)  # as if interrupted
+    with pytest.raises(utils.UserError, match=f"{other.name}: missing or unfinished"):
+        run(f"test {line}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1126,24 +875,22 @@ def test_the_assignments_split(real_data):
 
 
 @pytest.fixture
-def spell(train, tmp_path, capsys):
-    """spell(argv...) -> rows of the output, fields split, and what was said on stderr."""
-    train("--use_attn", "--n_epochs", 5)
-    capsys.readouterr()
+def spell(finished):
+    """spell(argv...) -> the fields of each line of the output, and what stderr says."""
 
-    def run(*argv):
-        hw2_q3.main([str(word) for word in ("spell", *argv, "--output_dir", tmp_path / "out")])
-        out, err = capsys.readouterr()
-        return [line.split("\t") for line in out.splitlines()], err
+    def spell(*argv):
+        output, errors = main("spell --device cpu --output_dir", finished[0], *argv)
+        return [line.split("\t") for line in output.splitlines()], errors
 
-    return run
+    return spell
 
 
 def test_spelling_arguments_files_and_standard_input(spell, tmp_path, monkeypatch):
-    rows, err = spell("C A B", "D A D")
+    rows, errors = spell("C A B", "D A D")
     assert [row[0] for row in rows] == ["C A B", "D A D"]
-    assert "validation CER" in err
-    (tmp_path / "ipa.txt").write_text("C A B\n\nD A D\n")
+    assert "trained on your words, validation CER" in errors
+    assert "Unknown" not in errors
+    (tmp_path / "ipa.txt").write_text("\ufeffC A B\r\n\nD A D", encoding="utf-8")
     assert spell("--input", tmp_path / "ipa.txt")[0] == rows
     for argv in ([], ["--input", "-"]):
         monkeypatch.setattr(sys, "stdin", io.StringIO("C A B\nD A D\n"))
@@ -1151,121 +898,228 @@ def test_spelling_arguments_files_and_standard_input(spell, tmp_path, monkeypatc
     assert spell("CAB", "DAD")[0] == rows  # without spaces
 
 
-def test_a_checkpoint_that_is_not_there_leaves_no_folder(folder, tmp_path, fails):
-    name = tmp_path / "no" / "such.pt"
-    argv = ["test", "--checkpoint_name", name, "--data_dir", folder, "--output_dir", tmp_path / "o"]
-    assert "no such checkpoint" in fails(hw2_q3.main, argv)
-    assert not name.parent.exists()
-    assert not (tmp_path / "o").exists()
-
-
-def test_standard_input_may_begin_as_editors_begin_files(monkeypatch):
-    """With a byte order mark, where it is no terminal."""
-    stdin = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfC A B\n"), encoding="latin-1")
-    monkeypatch.setattr(sys, "stdin", stdin)
-    utils.run_script(lambda: None)
-    assert list(hw2_q3.read_lines(None)) == [["C A B\n"]]
-
-
-def test_a_long_file_is_read_in_parts(tmp_path):
-    (tmp_path / "ipa.txt").write_text("\ufeffA\r\nB\n\nC", encoding="utf-8")
-    parts = list(hw2_q3.read_lines(tmp_path / "ipa.txt", most=3))
-    assert [[line.strip() for line in part] for part in parts] == [["A", "B", ""], ["C"]]
-
-
-@pytest.mark.parametrize("end", ["", EOFError], ids=["empty line", "end of input"])
+@pytest.mark.parametrize("end", ["\n", ""], ids=["empty line", "end of input"])
 def test_spelling_at_a_prompt(spell, monkeypatch, end):
-    answers = iter(["C A B", "D A D", end])
-
-    def answer(prompt):
-        text = next(answers)
-        if text is EOFError:
-            raise EOFError
-        return text
-
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", answer)
-    assert [row[0] for row in spell()[0]] == ["C A B", "D A D"]
+    stdin = io.StringIO(f"C A B\nD A D\n{end}")
+    stdin.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", stdin)
+    rows, _ = spell()
+    assert [row[0].rpartition("> ")[2] for row in rows[:2]] == ["C A B", "D A D"]
 
 
-def test_spelling_candidates_with_log_probabilities(spell):
-    rows, _ = spell("C A B", "--beam_size", 4)
-    scores = [float(row[2]) for row in rows]
-    assert len({row[1] for row in rows}) == 4
-    assert scores == sorted(scores, reverse=True)
-    assert all(score <= 0 for score in scores)
-    sampled, _ = spell("C A B", "--nucleus", "--k", 5)
-    spellings = [row[1] for row in sampled]
-    assert 1 <= len(set(spellings)) == len(spellings) <= 5
-    assert spell("C A B", "--nucleus", "--k", 5)[0] == sampled
-    scores = [float(row[2]) for row in sampled]
-    assert scores == sorted(scores, reverse=True)
+def test_spelling_through_a_pipe(finished):
+    """A byte order mark, bytes that are no text, a locale that is not UTF-8."""
+    command = sys.executable, "hw2_q3.py", "spell", "--output_dir", str(finished[0])
+    how = {"cwd": utils.ROOT, "env": os.environ | {"PYTHONIOENCODING": "latin-1"}}
+    text = b"\xef\xbb\xbfC A B\nC \xc3\xa6 \xff\n"
+    done = subprocess.run(command, input=text, capture_output=True, check=True, **how)
+    first, second = done.stdout.decode().splitlines()
+    assert first.startswith("C A B\t")
+    assert second.startswith("C æ \\xff\t")
+    assert "Unknown phonemes: \\xff æ" in done.stderr.decode()
 
 
-def test_the_other_direction_pronounces(train, spell, tmp_path, capsys, words):
-    """Beside a model that spells, each is asked in its own direction."""
-    argv = ["--data_dir", str(tmp_path / "words"), "--output_dir", str(tmp_path / "out")]
-    argv += [
-        "--hidden_size",
-        "16",
-        "--n_epochs",
-        "5",
-        "--use_attn",
-        "--direction",
-        "g2p",
-        "--nucleus",
-    ]
-    hw2_q3.main(argv)
-    output = capsys.readouterr().out
-    [path] = tmp_path.glob("out/figures/runs/q3-g2p-*.json")
-    record = utils.load_record(path)
-    greedy, sounds = record["final"]["greedy"], [sound for sound, _ in words.splits["test"]]
+def test_candidates_have_log_probabilities_and_are_sorted(spell):
+    beam, _ = spell("C A B", "--beam_size", 4)
+    drawn, _ = spell("C A B", "--nucleus", "--k", 5)
+    assert len({row[1] for row in beam}) == len(beam) == 4
+    assert 1 <= len({row[1] for row in drawn}) == len(drawn) <= 5
+    assert spell("C A B", "--k", 5, "--topp", 0.8)[0] == drawn
+    for rows in (beam, drawn):
+        scores = [float(row[2]) for row in rows]
+        assert scores == sorted(scores, reverse=True)
+        assert max(scores) <= 0
+
+
+def test_long_inputs_are_sampled_from_one_stream_of_random_numbers(spell, tmp_path):
+    """Two batches of lines share no numbers, neither within a run nor between seeds."""
+    (tmp_path / "ipa.txt").write_text("D A D\n" * 2000)
+    argv, batches = ["--topp", 1, "--k", 1, "--max_len", 4, "--input", tmp_path / "ipa.txt"], []
+    for seed in (1, 2):
+        rows, _ = spell(*argv, "--seed", seed)
+        batches += [[row[1] for row in rows[:1000]], [row[1] for row in rows[1000:]]]
+    assert [len(batch) for batch in batches] == [1000] * 4
+    for one, other in itertools.combinations(batches, 2):
+        assert sum(a == b for a, b in zip(one, other)) < 500
+
+
+def test_lines_are_read_in_batches(tmp_path):
+    (tmp_path / "ipa.txt").write_text("A\nB\n\nC")
+    batches = hw2_q3.read_lines(tmp_path / "ipa.txt", batch_size=3)
+    assert [[line.strip() for line in lines] for lines in batches] == [["A", "B", ""], ["C"]]
+
+
+def test_pronouncing_written_words(run, out, copied):
+    """Beside a model that spells: each is asked in its own direction."""
+    output = run("--use_attn --direction g2p --nucleus")
+    (path,) = out.glob("figures/runs/q3-g2p-*")
+    greedy = utils.load_record(path)["final"]["greedy"]
     assert f"Test PER: {greedy['cer']:.4f}, Test WER: {greedy['wer']:.4f}\n" in output
     assert "CER" not in output
-    assert record["final"]["lengths"] == [len(sound) for sound in sounds]
-    speller, _ = hw2_q3.load_speller(tmp_path / "out" / "checkpoints" / f"{path.stem}.pt", "cpu")
-    pairs = [(tuple(word), " ".join(sound)) for sound, word in words.splits["test"]]
-    found = [candidates[0][0] for candidates in speller.greedy(speller.tensors(pairs))]
-    assert greedy["cer"] == hw2_q3.cer(found, [text for _, text in pairs], str.split)
-    assert set(" ".join(found).split()) <= set("ABCDEF")
-    assert record["final"]["examples"][0][0] == " ".join(sounds[0])
-    rows, err = spell("dad", "--direction", "g2p")
-    assert path.stem in err
-    assert "validation PER" in err
-    assert rows[0][:2] == ["dad", found[[word for _, word in words.splits["test"]].index("dad")]]
-    assert "Unknown letters: q" in spell("qad", "--direction", "g2p")[1]
-    assert path.stem not in spell("D A D")[1]
+    speller, _, _ = hw2_q3.load_speller(out / "checkpoints" / f"{path.stem}.pt", "cpu")
+    true = [" ".join(sounds) for sounds, _ in DATA.splits["test"]]
+    predicted = first_of(speller.greedy(speller.encode([(tuple(word), "") for word in TRUE])))
+    assert greedy["cer"] == hw2_q3.cer(predicted, true, str.split)
+    assert set(" ".join(predicted).split()) <= set("ABCDEF")
+    answers, errors = main("spell dad dqd --device cpu --direction g2p --output_dir", out)
+    assert answers.startswith(f"dad\t{predicted[0]}\t")
+    assert f"{path.stem}.pt (trained on your words, validation PER" in errors
+    assert "Unknown letters: q" in errors
+    assert path.stem not in main("spell --device cpu --output_dir", out, "D A D")[1]
 
 
-def test_unknown_phonemes_are_reported(spell):
-    rows, err = spell("C ʘ B")
-    assert "Unknown phonemes: ʘ" in err
-    assert rows[0][0] == "C ʘ B"
-    assert "Unknown" not in spell("C A B")[1]
-
-
-def test_bad_input_for_spelling(spell, tmp_path, fails):
+def test_input_that_cannot_be_spelled(spell, tmp_path):
     (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
-    for name in (tmp_path / "none.txt", tmp_path / "x.txt"):
-        argv = ["spell", "--input", name, "--output_dir", tmp_path / "out"]
-        assert "cannot be read" in fails(hw2_q3.main, argv)
-    assert "no trained network" in fails(
-        hw2_q3.main, ["spell", "a", "--output_dir", tmp_path / "no"]
-    )
+    for name in ("none.txt", "x.txt"):
+        with pytest.raises(utils.UserError, match=f"{name}: cannot be read"):
+            spell("--input", tmp_path / name)
+    with pytest.raises(utils.UserError, match="more than 1,000 characters"):
+        spell("A " * 600)
+    with pytest.raises(utils.UserError, match="no trained network"):
+        spell("A", "--output_dir", tmp_path)
 
 
-def test_segmenting_by_the_longest_phoneme():
-    phonemes = hw2_q3.Vocabulary.of([("t", "t͡ʃ", "a", "aː")])
+def test_text_is_segmented_by_the_longest_phoneme():
+    phonemes = hw2_q3.Vocabulary.of([("t", "t͡ʃ", "a", "aː")], spaced=True)
     assert hw2_q3.segment("t͡ʃaːta", phonemes) == ["t͡ʃ", "aː", "t", "a"]
     assert hw2_q3.segment(" t͡ʃ  a x ", phonemes) == ["t͡ʃ", "a", "x"]
     assert hw2_q3.segment("tx", phonemes) == ["t", "x"]
 
 
-def test_bytes_that_are_no_text_are_unknown_phonemes(spell, tmp_path):
-    """Through a real pipe, in a locale that is not UTF-8."""
-    command = [sys.executable, "hw2_q3.py", "spell", "--output_dir", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    given = {"cwd": utils.ROOT, "env": environment, "input": b"C \xc3\xa6 \xff\n"}
-    done = subprocess.run(command, capture_output=True, check=True, **given)
-    assert done.stdout.decode().startswith("C æ \\xff\t")
-    assert "Unknown phonemes: \\xff æ" in done.stderr.decode()
+def test_the_best_speller_is_chosen(copied, out, words):
+    """Of the default words before others, of real words before the sample's; with --data_dir, of
+    these words alone."""
+    (first,), (_, saved) = out.glob("checkpoints/*.pt"), copied
+    first.unlink()
+
+    def save(name, error, **data):
+        history = saved["history"] | {"val_cer": [error] * 3}
+        content = saved | {"history": history, "data": saved["data"] | {"name": name} | data}
+        torch.save(content, first.with_name(f"q3-{name}.pt"))
+
+    def chosen(*argv):
+        _, errors = main("spell --device cpu --output_dir", out, "D A D", *argv)
+        return re.search(r"trained on (.*), validation CER (.*)\)", errors).groups()
+
+    save("sample", 0.05, fingerprint="of the sample")
+    assert chosen() == ("the built-in SAMPLE", "0.0500")
+    save("portuguese", 0.1, fingerprint="of Portuguese")
+    assert chosen() == ("the words in data/portuguese", "0.1000")
+    save("pronunciations", 0.5)
+    assert chosen() == ("your words", "0.5000")
+    assert chosen("--data_dir", words) == ("your words", "0.5000")
+    assert chosen("--checkpoint_name", "q3-sample.pt") == ("the built-in SAMPLE", "0.0500")
+    save("pronunciations", 0.3, fingerprint="of other words")
+    assert chosen() == ("your words", "0.3000")
+    with pytest.raises(utils.UserError, match="no trained network there"):
+        chosen("--data_dir", words)
+
+
+# ----------------------------------------------------------------------------------------------
+# options
+
+
+def make_run(line):
+    return hw2_q3.make_run(parse(line), DATA)
+
+
+def test_defaults_are_the_original_recipe():
+    args = parse("")
+    sizes = args.n_epochs, args.batch_size, args.lr, args.dropout, args.hidden_size, args.layers
+    assert sizes == (20, 64, 0.003, 0.3, 128, 1)
+    assert (args.use_attn, args.nucleus, args.topp, args.k) == (False, False, 0.8, 3)
+    assert (args.beam_size, args.max_len, args.seed) == (None, 50, 42)
+    assert (parse("--topp 0.9").nucleus, parse("--topp 0.9").topp) == (True, 0.9)
+
+
+def test_spell_takes_options_before_and_after_its_words():
+    args = hw2_q3.parse_args(["spell", "--beam_size", "3", "h ə", "--max_len", "9", "j uː"])
+    assert (args.mode, args.ipa, args.beam_size, args.max_len) == ("spell", ["h ə", "j uː"], 3, 9)
+
+
+def test_a_preset_is_the_defaults_of_its_options():
+    best = hw2_q3.PRESETS["best"]
+    assert parse("--recipe best") == parse(" ".join(utils.to_argv("--", best)))
+    assert all(value != getattr(parse(""), name) for name, value in best.items())
+    assert parse("--recipe best --layers 3").layers == 3
+    assert parse("--recipe best --layers 3").clip == best["clip"]
+
+
+SAME_NAMES = {
+    "--use_attn --lr 0.01": "--lr 0.01 --use_attn",
+    "--ensemble --seed 1 2": "--seed 1 2 --ensemble",
+    "--nucleus --beam_size 5": "",
+    "--nucleus --topp 0.9 --k 5 --max_len 9": "",
+}
+
+
+@pytest.mark.parametrize(("line", "other"), SAME_NAMES.items(), ids=SAME_NAMES)
+def test_the_order_of_options_and_decoding_do_not_change_the_name(line, other):
+    """But the command has all of them."""
+    assert make_run(line).name == make_run(other).name
+    assert sorted(make_run(line).command.split()[2:]) == sorted(line.split())
+
+
+LINES = ["", "--lr 0.01 --seed 3 --hidden_size 64", "--layers 2 --clip 1.0 --direction g2p"]
+LINES += ["--use_attn --schedule one_cycle --label_smoothing 0.1", *SAME_NAMES]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_the_command_repeats_the_run(line):
+    """It does not say where and how the run was made."""
+    run = make_run(f"{line} --device cpu --threads 2 --jobs 1 --restart --data_dir a")
+    assert run.command.startswith("python hw2_q3.py")
+    assert make_run(" ".join(run.command.split()[2:])) == run
+    assert sorted(run.command.split()[2:]) == sorted(line.split())
+
+
+def test_the_name_says_model_rate_seed_and_data():
+    assert make_run("--use_attn").name.startswith("q3-attn-lr0.003-seed42-pronunciations-")
+    lines = ["", "--dropout 0.2", "--dropout 0.1", "--layers 2", "--seed 2"]
+    assert len({make_run(line).name for line in lines}) == len(lines)
+
+
+BAD_VALUES = """
+--n_epochs 0 | --batch_size 0 | --lr 0 | --lr nan | --dropout 1 | --hidden_size 7 | --hidden_size 0
+--topp 0 | --topp 1.1 | --k 0 | --beam_size 0 | --max_len 0 | --seed -1 | --jobs 0 | --threads 0
+--layers 0 | --clip 0 | --label_smoothing 1 | --schedule cosine | --recipe none | --direction both
+--embedding_scale 0 | --nucleas | guess
+"""
+BAD_COMBINATIONS = {
+    "--input_feeding": "needs --use_attn",
+    "train abc": "need the mode spell",
+    "--input x": "need the mode spell",
+    "spell abc --input x": "either as arguments or by --input",
+    "--ensemble": "several seeds",
+    "train --ensemble --seed 1 2": "several seeds",
+    "--ensemble --seed 1 2 --lr 0.1 0.2": "several seeds",
+    "test --seed 1 2": "drop the mode",
+    "spell a --lr 0.1 0.2": "drop the mode",
+    "--seed 1 2 --checkpoint_name x.pt": "give one --seed",
+    "--data_dir no/such/folder": "no such file",
+    "--device abacus": "device 'abacus' cannot be used",
+    "spell a --checkpoint_name no/such.pt": "no such checkpoint",
+}
+REFUSED = {line.strip(): line.split()[0] for line in re.split(r"[|\n]", BAD_VALUES.strip())}
+REFUSED |= BAD_COMBINATIONS
+
+
+@pytest.mark.parametrize(("line", "message"), REFUSED.items(), ids=REFUSED)
+def test_bad_options_are_refused_in_one_line(line, message, fails, words, tmp_path):
+    folders = [] if "--data_dir" in line else ["--data_dir", words]
+    assert message in fails(hw2_q3.main, [*line.split(), *folders, "--output_dir", tmp_path])
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_has_commands_that_work_and_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        hw2_q3.main(["-h"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: hw2_q3.py [train | test | spell IPA ...] [options]\n")
+    commands = re.findall(r"^    python hw2_q3\.py(.*?)(?:   | \w+ the trained)", text, re.M)
+    assert len(commands) == 5
+    for command in commands:
+        hw2_q3.parse_args(shlex.split(command))
+    options = vars(parse("")).keys() - {"mode", "ipa"} | {"recipe"}
+    assert not [name for name in options if not re.search(rf"^  --{name}\b", text, re.M)]

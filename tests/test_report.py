@@ -1,6 +1,8 @@
-"""The README's tables say what the run records say; the report is made of the records alone."""
+"""The documents say what the records say, and the report is made of the records alone."""
 
 import dataclasses
+import functools
+import json
 import re
 import shlex
 import shutil
@@ -8,761 +10,666 @@ import statistics
 
 import numpy as np
 import pytest
+import torch
 
 import hw2_q2
 import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
+from figures import common, report
+from figures import report_q2 as q2
+from figures import report_q3 as q3
+from figures.common import mean_sd
 from utils import UserError
 
+FIGURES = utils.ROOT / "figures"
 README = (utils.ROOT / "README.md").read_text(encoding="utf-8")
-RECORDS = [utils.load_record(path) for path in sorted(utils.ROOT.glob("figures/runs/*.json"))]
-RECORDS = [record for record in RECORDS if record["config"]["data"]["name"] != "sample"]
+RECORDS = report.load_records(FIGURES / "runs")
+FOUND = {key: report.find_records(module, RECORDS) for key, module in report.QUESTIONS.items()}
+SCRIPTS = {"q2": hw2_q2, "q3": hw2_q3}
 
 
-def runs_of(script, label):
-    """The records of one of a script's systems, of all seeds."""
-    [system] = [system for system in script.SYSTEMS if system.label == label]
-    wanted = script.run_options(script.parse_options(system.arguments.split()))
-    configs = [(record, record["config"]) for record in RECORDS]
-    return [
-        record
-        for record, config in configs
-        if config["question"] == script.QUESTION
-        and config["options"] | {"seed": wanted["seed"]} == wanted
-        and utils._data_of(config["data"]["name"]) == system.data
-    ]
+# ----------------------------------------------------------------------------------------------
+# documents against records
 
-
-OF_THE_REPORT = [
-    record
-    for script in (hw2_q2, hw2_q3)
-    for system in script.SYSTEMS
-    if system.group != "beyond"
-    for record in runs_of(script, system.label)
-]
-Q2 = {
+Q2_ROWS = {  # start of a table's row: experiments with ordered and with scrambled pixels
     "plain, rate 0.1 | .5684 / .5743": ("plain, rate 0.1", None),
-    "plain, rate 0.01 | .7293 / .6970": ("plain, rate 0.01", "plain, scrambled"),
+    "plain, rate 0.01 | .7293 / .6970": (q2.PLAIN, q2.SCRAMBLED[0]),
     "plain, rate 0.001 | .5798 / .5743": ("plain, rate 0.001", None),
-    "batch norm + pooling, rate 0.01 | .7528 / .7460": (
-        "batch norm + pooling",
-        "batch norm + pooling, scrambled",
-    ),
+    "batch norm + pooling, rate 0.01 | .7528 / .7460": (q2.VARIANT, q2.SCRAMBLED[2]),
 }
 
 
-def row_of_question_2(start, label, scrambled):
-    runs = runs_of(hw2_q2, label)
-    ordered = hw2_q2.with_scores(runs)
-    scrambled = runs_of(hw2_q2, scrambled) if scrambled else []
-    columns = [
-        " / ".join(utils.mean_sd(hw2_q2.accuracy(runs, split)) for split in ("val", "test"))
+@pytest.mark.parametrize(("start", "labels"), Q2_ROWS.items(), ids=Q2_ROWS)
+def test_readme_question_2(start, labels):
+    ordered, scrambled = (FOUND["q2"][label] if label else [] for label in labels)
+    diverged, ordered = len(ordered) - len(common.scored(ordered)), common.scored(ordered)
+    cells = [
+        " / ".join(mean_sd([q2.accuracy(r, split) for r in runs]) for split in ("val", "test"))
         for runs in (scrambled, ordered)
     ]
-    diverged = len(runs) - len(ordered)
-    columns += [
-        utils.mean_sd([hw2_q2.late(r) for r in ordered]),
-        str(len(scrambled) or "–"),
-        str(len(ordered)) + (f" (+ {diverged} diverged)" if diverged else ""),
-    ]
-    return f"| {start} | {' | '.join(columns)} |".replace("– / –", "–")
+    cells += [mean_sd(list(map(q2.late_epoch_accuracy, ordered))), str(len(scrambled) or "–")]
+    cells.append(str(len(ordered)) + (f" (+ {diverged} diverged)" if diverged else ""))
+    assert f"| {start} | {' | '.join(cells)} |".replace("– / –", "–") in README.splitlines()
 
 
-@pytest.mark.parametrize(("start", "labels"), Q2.items(), ids=Q2)
-def test_question_2(start, labels):
-    assert row_of_question_2(start, *labels) in README.splitlines()
-
-
-BEYOND = {
-    "the report's recipe": hw2_q2.VARIANT,
-    "`-recipe best`": hw2_q2.BEST,
-    "`-recipe best -model resnet -augment flip crop`, 20 epochs": hw2_q2.RESNET_20,
-    "`-recipe best -model resnet`": hw2_q2.BEST_RESNET,
+RATES = "cer", "wer", "wer@3"
+Q3_ROWS = {
+    "no attention, greedy | .4354 / .9040": (q3.PLAIN, "greedy", RATES[:2]),
+    "attention, greedy | .2677 / .8090": (q3.ATTENTION, "greedy", RATES[:2]),
+    "attention, nucleus, p = 0.8 | .3139 / .8550 / .7550": (q3.ATTENTION, "nucleus", RATES),
+    "attention, beam of 5 | -": (q3.ATTENTION, "beam", RATES),
 }
 
 
-def row_beyond(start, runs, took, *scores):
-    row = start, f"{runs[0]['parameters']:,}", f"{statistics.mean(took):.0f}", *scores
-    return f"| {' | '.join(row)} | {len(runs)} |"
+@pytest.mark.parametrize(("start", "row"), Q3_ROWS.items(), ids=Q3_ROWS)
+def test_readme_question_3(start, row):
+    label, decoding, measures = row
+    runs = FOUND["q3"][label]
+    scores = (mean_sd([run["final"][decoding][measure] for run in runs]) for measure in measures)
+    assert f"| {start} | {' / '.join(scores)} | {len(runs)} |" in README.splitlines()
 
 
-def row_of_a_network(start, label):
-    runs = runs_of(hw2_q2, label)
-    scores = [utils.mean_sd(hw2_q2.accuracy(runs, split)) for split in ("val", "test")]
-    return row_beyond(start, runs, map(utils.minutes, runs), *scores)
-
-
-@pytest.mark.parametrize(("start", "label"), BEYOND.items(), ids=BEYOND)
-def test_beyond_the_report(start, label):
-    assert row_of_a_network(start, label) in README.splitlines()
-
-
-MEASURES = {
-    "greedy": ("cer", "wer"),
-    "nucleus": ("cer", "wer", "wer@3"),
-    "beam": ("cer", "wer", "wer@3"),
-}
-Q3 = {
-    "no attention, greedy | .4354 / .9040": ("greedy", "no attention"),
-    "attention, greedy | .2677 / .8090": ("greedy", "attention"),
-    "attention, nucleus, p = 0.8 | .3139 / .8550 / .7550": ("nucleus", "attention"),
-    "attention, beam of 5 | - ": ("beam", "attention"),
+BEYOND_ROWS = {
+    "the report's recipe": ("q2", q2.VARIANT),
+    "`-recipe best`": ("q2", q2.BEST),
+    "`-recipe best -model resnet -augment flip crop`, 20 epochs": ("q2", q2.RESNET_20),
+    "`-recipe best -model resnet`": ("q2", q2.BEST_RESNET),
+    "the report's recipe, attention": ("q3", q3.ATTENTION),
+    "the same, trained better": ("q3", q3.TRAINED_BETTER),
+    "`--recipe best`": ("q3", q3.BEST),
+    "`--recipe best`, five models together": ("q3", q3.ENSEMBLE),
+    "`--recipe best --dropout 0.2 --n_epochs 20`, all of WikiPron's US English": ("q3", q3.ALL),
+    "the same words, three models together": ("q3", q3.ALL_ENSEMBLE),
+    "`--recipe best`, 10,000 words of UK English": ("q3", "UK English"),
+    "`--recipe best`, 10,000 words of Portuguese": ("q3", "Portuguese"),
+    "`--recipe best --direction g2p`: phonemes of written words": ("q3", q3.G2P),
 }
 
 
-def row_of_question_3(start, system):
-    kind, label = system
-    scores = [record["final"][kind] for record in runs_of(hw2_q3, label)]
-    assert all(score.get("p", 0.8) == 0.8 and score.get("size", 5) == 5 for score in scores)
-    ours = " / ".join(
-        utils.mean_sd([score[measure] for score in scores]) for measure in MEASURES[kind]
-    )
-    return f"| {start} | {ours} | {len(scores)} |".replace("  ", " ")
+@pytest.mark.parametrize(("start", "row"), BEYOND_ROWS.items(), ids=BEYOND_ROWS)
+def test_readme_beyond_the_original(start, row):
+    question, label = row
+    runs = FOUND[question][label]
+    if question == "q2":
+        minutes = map(common.minutes, runs)
+        scores = [mean_sd([q2.accuracy(r, split) for r in runs]) for split in ("val", "test")]
+    else:
+        minutes = q3.training_minutes(FOUND["q3"], label)
+        scores = [" / ".join(q3.mean_error(runs, "beam", m) for m in RATES)]
+    cells = [f"{runs[0]['parameters']:,}", f"{statistics.mean(minutes):.0f}", *scores]
+    assert f"| {start} | {' | '.join(cells)} | {len(runs)} |" in README.splitlines()
 
 
-@pytest.mark.parametrize(("start", "system"), Q3.items(), ids=Q3)
-def test_question_3(start, system):
-    assert row_of_question_3(start, system) in README.splitlines()
-
-
-BEYOND_3 = {
-    "the report's recipe, attention": hw2_q3.ATTENTION,
-    "the same, trained better": hw2_q3.EQUAL,
-    "`--recipe best`": hw2_q3.BEST,
-    "`--recipe best`, five models together": hw2_q3.TOGETHER,
-    "`--recipe best --dropout 0.2 --n_epochs 20`, all of WikiPron's US English": hw2_q3.ALL,
-    "the same words, three models together": hw2_q3.ALL_TOGETHER,
-    "`--recipe best`, 10,000 words of UK English": "UK English",
-    "`--recipe best`, 10,000 words of Portuguese": "Portuguese",
-    "`--recipe best --direction g2p`: phonemes of written words": hw2_q3.PRONOUNCED,
-}
-
-
-def row_of_a_speller(start, label):
-    scored = {name: runs_of(hw2_q3, name) for name in BEYOND_3.values()}
-    scores = [
-        utils.mean_sd([hw2_q3.error(run["final"], "beam", measure) for run in scored[label]])
-        for measure in MEASURES["beam"]
-    ]
-    return row_beyond(start, scored[label], hw2_q3.minutes(scored, label), " / ".join(scores))
-
-
-@pytest.mark.parametrize(("start", "label"), BEYOND_3.items(), ids=BEYOND_3)
-def test_beyond_the_report_spelling(start, label):
-    assert row_of_a_speller(start, label) in README.splitlines()
-
-
-def test_means_deviations_and_late_epochs():
-    assert utils.mean_sd([0.1, 0.3]) == "0.200 ± 0.141"
-    assert utils.mean_sd([0.5]) == "0.500"
-    assert utils.mean_sd([]) == "–"
-    history = lambda *values: {"history": {"val_accuracy": values}}  # noqa: E731
-    assert hw2_q2.late(history(*[0] * 30, *[0.5] * 10)) == 0.5
-    assert hw2_q2.late(history(*[0] * 5, *[1] * 5)) == 1
-    assert hw2_q2.first_epoch(history(0.7, 0.75, 0.6)) == 2
-    assert hw2_q2.first_epoch(history(0.7)) is None
-
-
-def accurate(right, wrong):
-    """A record of question 2 with so many right and wrong answers."""
-    scores = {"accuracy": right / (right + wrong), "confusion": [[right, wrong], [0, 0]]}
-    history = {"val_accuracy": [scores["accuracy"]]}
-    return {"history": history, "final": {"val": scores, "test": scores}}
-
-
-def test_whether_the_reports_accuracy_could_be_ours():
-    """.5684 / .5743 against runs of 1,000 pictures at .57 and .58, and at .7 and .71."""
-    label, diverged = "plain, rate 0.1", {"history": {}, "diverged_in_epoch": 1}
-    near = [accurate(570, 430), accurate(580, 420), diverged]
-    *_, row = hw2_q2.accuracy_table({label: near}, [label]).splitlines()
-    assert row.startswith(f"| {label} | 0.5684 / 0.5743 | 0.575 ± 0.007 / 0.575 ± 0.007 | 0.575 ")
-    assert row.endswith("| 2 (+ 1 diverged) | – / – | – / – |")
-    assert hw2_q2.accuracy_table({label: near[:2]}, [label]).endswith("| yes / yes |")
-    far = [accurate(700, 300), accurate(710, 290)]
-    assert hw2_q2.accuracy_table({label: far}, [label]).endswith("| no / no |")
-
-
-def sure(right, wrong, minutes=1):
-    """Like accurate(), with what the chapter beyond the report shows of a run."""
-    record = accurate(right, wrong)
-    test = record["final"]["test"] | {
-        "confusion": [[right, wrong, 0, 0, 0, 0], *[[0, 1, 0, 0, 0, 0]] * 5],
-        "confident": [[9, 2, 0, 0, 0, 0], *[[0, 1, 0, 0, 0, 0]] * 5],
-        "calibration": [[0, None, None], [40, 0.25, 0.5], [60, 0.75, 0.75]],
-        "disputed": [3, 2, 1],
-        "as_is": record["final"]["test"]["accuracy"] - 0.01,
-    }
-    final = {"val": test, "test": test}
-    return record | {"final": final, "measured": {"seconds": [30.0] * 2 * minutes}}
-
-
-def test_gains_by_hand():
-    """Variances .0002 and .0008 of two runs each: an error of the square root of .0001 + .0004."""
-    assert utils.gain([0.8, 0.82], [0.7, 0.74]) == "+0.090 ± 0.022"
-    assert utils.gain([0.8], [0.9, 0.7]) == "+0.000"
-    assert utils.gain([], [0.9]) == "–"
-    records = {"base": [sure(80, 20), sure(82, 18)], "less": [sure(70, 30)], "none": []}
-    *_, first, second = hw2_q2.gains_table(records, "base", ("less", "none")).splitlines()
-    assert first == "| base | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 2 |"
-    assert second == "| less | 0.700 | -0.110 | 0.700 | -0.110 | 0.700 | -0.110 | 1 |"
-
-
-@pytest.fixture
-def beyond():
-    """Records of question 2's chapter beyond the report."""
-    records = {system.label: [] for system in hw2_q2.SYSTEMS}
-    records[hw2_q2.VARIANT] = [sure(70, 30, minutes=9)]
-    records[hw2_q2.BEST] = [sure(90, 10, minutes=20), sure(92, 8, minutes=30)]
-    records[hw2_q2.BEST_20] = [sure(88, 12, minutes=10)]
-    records["without smoothed labels"] = [sure(86, 14)]
-    return records
-
-
-def test_mistakes_by_hand(beyond):
-    """Nine mistakes of the first class, four of the others, two and four of them confident."""
-    runs = beyond[hw2_q2.BEST]
-    text = hw2_q2.count_mistakes(runs)
-    assert "Of 13.0 mistakes (mean over seeds) 6.0 are made" in text
-    assert "Of the 3 test pictures that are also" in text
-    assert "under another label 2.0 (15.4% of the mistakes) are taken" in text
-    assert text.endswith("1.0 of them with such a probability")
-    first = hw2_q2.mistakes_table(runs).splitlines()[2]
-    assert first == "| buildings | forest | 9.0 | 2.0 |"
-    *_, last = hw2_q2.table(beyond, hw2_q2.LADDER, "test", hw2_q2.LADDER_COLUMNS[-2]).splitlines()
-    assert last == "| best recipe | 0.910 ± 0.014 | 0.900 ± 0.014 |"
-    assert (
-        hw2_q2.classes_table(beyond).splitlines()[3].startswith("| best recipe, 20 epochs | 0.880")
-    )
-
-
-def test_calibration_by_hand(beyond):
-    """40 pictures .25 off, 60 not off at all."""
-    record = beyond[hw2_q2.BEST_20][0]
-    assert hw2_q2.calibration_error(record) == pytest.approx(0.4 * 0.25)
-    assert hw2_q2.pool_bin([[10, 0.2, 0.1], [30, 0.6, 0.5]]) == pytest.approx((0.5, 0.4))
-    assert hw2_q2.pool_bin([[10, 0.2, 0.1], [0, None, None]]) is None
-    _, *lines = hw2_q2.draw_calibration(beyond).axes[0].get_lines()
-    assert [list(zip(*line.get_data())) for line in lines] == [[(0.25, 0.5), (0.75, 0.75)]] * 2
-
-
-def test_the_ladder_shows_the_records(beyond):
-    *lines, reported = hw2_q2.draw_ladder(beyond).axes[0].get_lines()
-    points = [list(zip(*line.get_data())) for line in lines]
-    assert points == [[(9, 0.7)], [(10, 0.88)], [(20, 0.9), (30, 0.92)]]
-    assert list(reported.get_ydata()) == [0.746, 0.746]
-
-
-def spelled(distances, ranks, cer, took, seed=42):
-    """A record of question 3 with words of four letters each."""
-    scores = {"distances": distances, "ranks": ranks}
-    final = {"lengths": [4] * len(ranks), "greedy": scores, "beam": scores}
-    history, measured = {"val_cer": cer}, {"seconds": [took * 60.0]}
-    config = {"options": {"seed": seed}}
-    return {
-        "final": final, "history": history, "measured": measured, "parameters": 1234,
-        "config": config,
-    }  # fmt: skip
-
-
-def test_the_speller_beyond_the_report_by_hand():
-    """Half and three quarters of the letters wrong; the first of two words right, or neither."""
-    scored = {system.label: [] for system in hw2_q3.SYSTEMS}
-    scored[hw2_q3.ATTENTION] = [spelled([2, 4], [3, 0], [0.5, 0.4, 0.6], 3)]
-    assert hw2_q3.draw_ladder(scored) is None
-    assert hw2_q3.results_table(scored, [hw2_q3.BEST]) is None
-    third = spelled([0, 4], [1, 0], [0.2], 6, seed=2)  # is in no ensemble
-    better = spelled([0, 4], [1, 0], [0.3], 5), spelled([0, 4], [1, 0], [0.2], 6, seed=1)
-    scored[hw2_q3.BEST] = [*better, third]
-    scored[hw2_q3.TOGETHER] = [spelled([0, 0], [1, 1], [], 0, seed=[42, 1])]
-    labels = hw2_q3.ATTENTION, hw2_q3.TOGETHER
-    *_, first, second = hw2_q3.results_table(scored, labels).splitlines()
-    errors = "0.750 | 1.000 | 0.750 | 1.000 | 0.500"
-    assert first == f"| {hw2_q3.ATTENTION} | 1,234 | 3.0 | {errors} | 1 |"
-    assert second.startswith(f"| {hw2_q3.TOGETHER} | 1,234 | 11.0 | 0.000 | ")
-    alone = scored | {hw2_q3.BEST: [third]}  # whose members' times are not known
-    [row] = hw2_q3.results_table(alone, [hw2_q3.TOGETHER]).splitlines()[2:]
-    assert row.startswith(f"| {hw2_q3.TOGETHER} | 1,234 | – | 0.000 | ")
-    step = list(hw2_q3.STEPS)[-1]
-    scored[step] = [spelled([2, 4], [3, 0], [0.35], 4)]
-    *_, first, second, third = hw2_q3.steps_table(scored).splitlines()
-    assert first == f"| {hw2_q3.ATTENTION} | 3.0 | 0.400 |  | {errors} | 1 |"
-    assert second == f"| {step} | 4.0 | 0.350 | – | {errors} | 1 |"  # the one before is missing
-    start = f"| {hw2_q3.BEST} | 5.7 | 0.233 ± 0.058 | -0.117 | 0.500 ± 0.000 | 0.500"
-    assert third.startswith(start)
-    panels = ([0.75, 0.5, 0], 0.2677), ([1, 0.5, 0], 0.809)
-    for axes, (values, report) in zip(hw2_q3.draw_ladder(scored).axes, panels):
-        *lines, reported = axes.get_lines()
-        times = [list(line.get_xdata()) for line in lines]
-        assert times == [[3], [5, 6, 6], [11]]
-        assert [line.get_ydata()[0] for line in lines] == values
-        assert reported.get_ydata()[0] == report
-        assert lines[-1].get_label() == hw2_q3.TOGETHER
+def test_docstrings_of_the_scripts_give_the_records_results():
+    text = " ".join(hw2_q2.__doc__.split())
+    for label, words in ((q2.VARIANT, "{} ({} seeds,"), (q2.PLAIN, "plain {} ({} seeds)"),
+                         (q2.BEST, "best recipe {} ({} seeds,")):  # fmt: skip
+        runs = common.scored(FOUND["q2"][label])
+        scores = mean_sd([q2.accuracy(run, "test") for run in runs])
+        assert words.format(scores, len(runs)) in text
+    text = " ".join(hw2_q3.__doc__.split())
+    for label, words in ((q3.ATTENTION, "{} / {} with attention"), (q3.PLAIN, "{} / {} without")):
+        rates = (q3.mean_error(FOUND["q3"][label], "greedy", m) for m in ("cer", "wer"))
+        assert words.format(*rates) in text
 
 
 PARSERS = {
-    "hw2_q2.py": hw2_q2.parse_options,
-    "hw2_q3.py": hw2_q3.parse_options,
-    "data.prepare_landscapes": prepare_landscapes.parse_options,
-    "data.prepare_pronunciations": prepare_pronunciations.parse_options,
+    "hw2_q2.py": hw2_q2.parse_args,
+    "hw2_q3.py": hw2_q3.parse_args,
+    "figures.report": report.parse_args,
+    "data.prepare_landscapes": prepare_landscapes.parse_args,
+    "data.prepare_pronunciations": prepare_pronunciations.parse_args,
 }
 
 
-@pytest.mark.parametrize("name", ["README.md", "data/README.md", "figures/README.md"])
-def test_every_command_in_the_documents_is_one(name):
+@pytest.mark.parametrize(
+    "name", ["README.md", "data/README.md", "figures/README.md", "figures/speed.md"]
+)
+def test_commands_in_the_documents_parse(name):
     text = (utils.ROOT / name).read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line.startswith("    python ")]
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
-        script, *arguments = words[1:] if words[0] == "-m" else words
-        if script in PARSERS:
-            PARSERS[script](arguments)
+        program, *arguments = words[1:] if words[0] == "-m" else words
+        if program in PARSERS:
+            PARSERS[program](arguments)
     assert lines
 
 
-def test_records_bear_the_names_of_their_runs():
-    """So that the report finds them: options that come later must not rename earlier runs."""
-    for path in utils.ROOT.glob("figures/runs/*.json"):
-        title = path.stem.rpartition("-")[0]
-        assert utils.Run(title, utils.load_record(path)["config"]).name == path.stem
+def reproduced():
+    """The records of the experiments on the original and on its claims."""
+    for key, question in report.QUESTIONS.items():
+        for experiment in question.EXPERIMENTS:
+            if experiment.group != "beyond":
+                records = FOUND[key][experiment.label]
+                yield from ((key, r) for r in records if r["measured"]["device"] == "cpu")
 
 
-def test_the_readme_says_what_the_records_took():
-    took = {"q2": [], "q3": []}
-    for record in OF_THE_REPORT:
-        config, minutes = record["config"], sum(record["measured"]["seconds"]) / 60
-        if "final" in record and config["options"].get("epochs", 40) == 40:
-            took[config["question"]].append(minutes)
-    memory = max(r["measured"].get("peak_memory_mib") or 0 for r in OF_THE_REPORT) / 1024
+def test_readme_says_what_the_records_took():
+    minutes = {"q2": [], "q3": []}
+    for key, record in reproduced():
+        if "final" in record and record["arguments"].get("epochs", 40) == 40:
+            minutes[key].append(common.minutes(record))
+    memory = max(r["measured"].get("peak_memory_mib") or 0 for _, r in reproduced()) / 1024
     text = " ".join(README.split())
-    assert f"took {min(took['q2']):.0f} to {max(took['q2']):.0f} minutes of one thread" in text
-    assert f"question 3 took {min(took['q3']):.0f} to {max(took['q3']):.0f}." in text
-    assert f"whole runs up to {memory:.1f} GiB" in text
+    assert f"took {min(minutes['q2']):.0f} to {max(minutes['q2']):.0f} minutes of one" in text
+    assert f"question 3 took {min(minutes['q3']):.0f} to {max(minutes['q3']):.0f}." in text
+    speed = (utils.ROOT / "figures" / "speed.md").read_text(encoding="utf-8")
+    assert f"whole runs up to {memory:.1f} GiB" in speed
 
 
 def test_records_name_their_machines():
-    for record in OF_THE_REPORT:
-        assert record["measured"]["threads"] == 1  # as the README says
+    for _, record in reproduced():
+        assert record["measured"]["threads"] == 1  # as README.md says
         assert record["measured"]["cores"] == 2
         assert record["measured"]["processor"]
 
 
-def test_machines_are_counted_with_their_gpus():
-    machine = {"processor": "CPU", "cores": 2, "threads": 1, "torch": "2", "python": "3"}
-    records = [{"measured": machine | {"device": name}} for name in ("cpu", "cpu", "GPU")]
-    same = "2 cores of an CPU, 1 thread a run, torch 2, Python 3"
-    assert utils.machines(records) == f"{same} (2 runs); GPU, {same} (1 runs)"
+# ----------------------------------------------------------------------------------------------
+# records and experiments
 
 
-def test_records_hold_no_paths_and_can_be_repeated():
-    assert RECORDS
-    for record in RECORDS:
-        config = record["config"]
-        script, _ = SCRIPTS[config["question"]]
-        python, name, *words = record["command"].split()
-        assert (python, name) == ("python", f"{script.__name__}.py")
-        assert script.run_options(script.parse_options(words)) == config["options"]
-        assert "/" not in "".join(map(str, config["options"].values()))
+@pytest.mark.parametrize("path", sorted(FIGURES.glob("runs/*.json")), ids=lambda path: path.stem)
+def test_a_records_command_gives_its_name(path):
+    record, script = utils.load_record(path), SCRIPTS[path.name[:2]]
+    python, name, *words = record["command"].split()
+    assert (python, name) == ("python", f"{script.__name__}.py")
+    run = script.make_run(script.parse_args(words), report.Dataset(**record["data"]))
+    assert run.name == path.stem
+    assert run.command == record["command"]
+    assert run.identity == {key: record[key] for key in run.identity}
+    assert "/" not in record["command"]
+
+
+@pytest.mark.parametrize("path", sorted(FIGURES.glob("trials/*.json")), ids=lambda path: path.stem)
+def test_a_trials_arguments_give_its_name(path):
+    record, script = utils.load_record(path), SCRIPTS[path.name[:2]]
+    try:
+        args = script.parse_args(utils.to_argv(script.DASH, record["arguments"]))
+    except UserError:  # an option is gone, or a value
+        identity = {key: record[key] for key in ("arguments", "data", "training_version")}
+        title = path.stem.rpartition("-")[0]
+        run = utils.Run(title, record["command"], **identity, epochs=1)
+    else:
+        run = script.make_run(args, report.Dataset(**record["data"]))
+    assert run.name == path.stem
+
+
+@pytest.mark.parametrize("question", report.QUESTIONS.values(), ids=report.QUESTIONS)
+def test_experiments(question):
+    labels = [experiment.label for experiment in question.EXPERIMENTS]
+    assert len(set(labels)) == len(labels)
+    for experiment in question.EXPERIMENTS:
+        assert experiment.group in ("report", "all", "beyond")
+        assert len(report.configurations(question, experiment, 5)) in (1, 5)
+        assert experiment.members is None or experiment.members in labels
+    assert set(question.LINE_STYLES) <= set(labels)
+    assert set(question.MAIN_RESULTS) <= set(question.LINE_STYLES)
 
 
 # ----------------------------------------------------------------------------------------------
-# the regenerated report
-
-SCRIPTS = {"q2": (hw2_q2, "-"), "q3": (hw2_q3, "--")}
+# statistics, tables and figures by hand
 
 
-def regenerate(question, folder, *argv):
-    """Write a question's part of the report in `folder`, training nothing."""
-    script, dash = SCRIPTS[question]
-    words = f"{dash}report", f"{dash}only", "none of them", f"{dash}output_dir", str(folder)
-    script.main([*words, *argv])
+def accurate(right, wrong, minutes=1):
+    """A record of question 2 with so many correct and wrong predictions of the first class."""
+    rest = [[0, 1, 0, 0, 0, 0]] * 5
+    scores = {"accuracy": right / (right + wrong), "accuracy_without_tta": 0.5, "loss": 0.4}
+    scores["confusion"] = [[right, wrong, 0, 0, 0, 0], *rest]
+    analysis = {
+        "train": {"accuracy": 0.9},
+        "confident": [[9, 2, 0, 0, 0, 0], *rest],
+        "calibration": [[0, None, None], [40, 0.25, 0.5], [60, 0.75, 0.75]],
+        "label_conflicts": [3, 2, 1],
+    }
+    history = {"val_accuracy": [scores["accuracy"]], "train_loss": [1.0]}
+    measured = {"seconds": [30.0] * 2 * minutes}
+    return {
+        "history": history, "final": {"val": scores, "test": scores}, "analysis": analysis,
+        "measured": measured, "parameters": 1234,
+    }  # fmt: skip
+
+
+def test_means_deviations_and_gains():
+    """Variances .0002 and .0008 of two runs each: an error of the square root of .0001 + .0004."""
+    assert [mean_sd([0.1, 0.3]), mean_sd([0.5]), mean_sd([])] == ["0.200 ± 0.141", "0.500", "–"]
+    assert common.gain([0.8, 0.82], [0.7, 0.74]) == "+0.090 ± 0.022"
+    assert common.gain([0.8], [0.9, 0.7]) == "+0.000"
+    assert common.gain([], [0.9]) == "–"
+    records = {"base": [accurate(80, 20), accurate(82, 18)], "less": [accurate(70, 30)], "none": []}
+    *_, first, second = q2.gains_table(records, "base", ("less", "none")).splitlines()
+    assert first == "| base | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 0.810 ± 0.014 |  | 2 |"
+    assert second == "| less | 0.700 | -0.110 | 0.700 | -0.110 | 0.700 | -0.110 | 1 |"
+
+
+def test_late_and_first_epochs():
+    def record(*values):
+        return {"history": {"val_accuracy": values}}
+
+    assert q2.late_epoch_accuracy(record(*[0] * 30, *[0.5] * 10)) == 0.5
+    assert q2.late_epoch_accuracy(record(*[0] * 5, *[1] * 5)) == 1
+    assert q2.first_epoch(record(0.7, 0.75, 0.6)) == 2
+    assert q2.first_epoch(record(0.7)) is None
+
+
+def test_intervals_hold_what_they_should():
+    """One run of accuracy .5 on 100 items: .5 ± 1.96 * .05; two very different runs: both."""
+    near = pytest.approx(0.402, abs=0.02), pytest.approx(0.598, abs=0.02)
+    half = {"final": {"test": {"confusion": [[25, 25], [25, 25]]}}}
+    most = {"final": {"test": {"confusion": [[45, 5], [5, 45]]}}}
+    resample = functools.partial(q2.resample_accuracy, split="test")
+    assert common.interval(resample, [half]) == near
+    low, high = common.interval(resample, [half, most])
+    assert low < 0.45
+    assert high > 0.92
+    words = {"final": {"greedy": {"distances": [0, 4] * 50, "ranks": [1, 0] * 50}}}
+    words["analysis"] = {"lengths": [4] * 100}
+    for measure in ("cer", "wer"):
+        resample = functools.partial(q3.resample_errors, decoding="greedy", measure=measure)
+        assert common.interval(resample, [words]) == near
+
+
+def test_whether_the_originals_accuracy_is_inside():
+    """.5684 / .5743 against runs of 1,005 images at .57 and .58, and at .7 and .71."""
+    label, diverged = "plain, rate 0.1", {"history": {}, "diverged_in_epoch": 1}
+    near = [accurate(570, 430), accurate(580, 420), diverged]
+    *_, row = q2.accuracy_table({label: near}, [label]).splitlines()
+    assert row.startswith(f"| {label} | 0.5684 / 0.5743 | 0.575 ± 0.007 / 0.575 ± 0.007 | 0.575 ")
+    assert row.endswith("| 2 (+ 1 diverged) | – / – | – / – |")
+    assert q2.accuracy_table({label: near[:2]}, [label]).endswith("| yes / yes |")
+    far = [accurate(700, 300), accurate(710, 290)]
+    assert q2.accuracy_table({label: far}, [label]).endswith("| no / no |")
+
+
+def test_errors_recalls_and_calibration():
+    """Nine errors of the first class, four of the others, two and four of them confident."""
+    runs = [accurate(90, 10), accurate(92, 8)]
+    text = q2.count_errors(runs)
+    assert text.startswith("Of 13.0 errors (mean over seeds) 6.0 are made")
+    assert "3 test images also occur" in text
+    assert "cause 2.0 errors (15.4% of all), 1.0 of them" in text
+    assert q2.errors_table(runs).splitlines()[2] == "| buildings | forest | 9.0 | 2.0 |"
+    *_, row = q2.table({"best": runs}, ["best"], ["test", q2.NO_TTA, "runs"]).splitlines()
+    assert row == "| best | 0.910 ± 0.014 | 0.500 ± 0.000 | 2 |"
+    table = q2.vector_table({"best": runs}, ["best"], q2.recalls)
+    assert table.splitlines()[2].startswith("| best | 0.910 ± 0.014 | 1.000 ± 0.000 | 0.000")
+    assert q2.calibration_error(runs[0]) == pytest.approx(0.4 * 0.25)  # 40 images are .25 off
+    assert q2.mean_of_bin([[10, 0.2, 0.1], [30, 0.6, 0.5]]) == pytest.approx((0.5, 0.4))
+    assert q2.mean_of_bin([[10, 0.2, 0.1], [0, None, None]]) is None
+
+
+def test_the_originals_totals():
+    plain, variant = q2.totals_table().splitlines()[2:]
+    assert plain.endswith("| 5,340,742 | -3,078 | 2,496 | 5,340,160 | 5,340,160 |")
+    assert variant.endswith("| 755,718 | -3,078 | 0 | 752,640 | 752,640 |")
+
+
+def spelled(distances, ranks, cer, took, seed="42"):
+    """A record of question 3 with words of four letters each."""
+    scores = {"distances": distances, "ranks": ranks}
+    seeds = f"--ensemble --seed {seed}" if " " in seed else f"--seed {seed}"
+    return {
+        "command": f"python hw2_q3.py {seeds}", "parameters": 1234, "history": {"val_cer": cer},
+        "measured": {"seconds": [took * 60.0]}, "final": {"greedy": scores, "beam": scores},
+        "analysis": {"lengths": [4] * len(ranks)},
+    }  # fmt: skip
+
+
+def test_spellers_and_ensembles():
+    """Half and three quarters of the letters wrong; the first of two words correct, or neither."""
+    records = {experiment.label: [] for experiment in q3.EXPERIMENTS}
+    assert q3.results_table(records, [q3.BEST]) is None
+    assert q3.draw_main_results(records) is None
+    step = list(q3.STEPS)[-1]
+    records[q3.ATTENTION] = [spelled([2, 4], [3, 0], [0.5, 0.4, 0.6], 3)]
+    records[step] = [spelled([2, 4], [3, 0], [0.35], 4)]
+    third = spelled([0, 4], [1, 0], [0.2], 6, "2")  # in no ensemble
+    members = spelled([0, 4], [1, 0], [0.3], 5), spelled([0, 4], [1, 0], [0.2], 6, "1")
+    records[q3.BEST] = [*members, third]
+    records[q3.ENSEMBLE] = [spelled([0, 0], [1, 1], [], 0, "42 1")]
+    errors = "0.750 | 1.000 | 0.750 | 1.000 | 0.500"
+    table = q3.results_table(records, [q3.ATTENTION, q3.ENSEMBLE])
+    first, second = table.splitlines()[2:]
+    assert first == f"| {q3.ATTENTION} | 1,234 | 3.0 | {errors} | 1 |"
+    assert second.startswith(f"| {q3.ENSEMBLE} | 1,234 | 11.0 | 0.000 | ")
+    alone = q3.results_table(records | {q3.BEST: [third]}, [q3.ENSEMBLE])  # a member is missing
+    assert alone.splitlines()[2].startswith(f"| {q3.ENSEMBLE} | 1,234 | – | 0.000 | ")
+    first, second, third = q3.steps_table(records).splitlines()[2:]
+    assert first == f"| {q3.ATTENTION} | 3.0 | 0.400 |  | {errors} | 1 |"
+    assert second == f"| {step} | 4.0 | 0.350 | – | {errors} | 1 |"  # the step before is missing
+    assert third.startswith(f"| {q3.BEST} | 5.7 | 0.233 ± 0.058 | -0.117 | 0.500 ± 0.000 | 0.500")
+    *lines, original = q3.draw_main_results(records).axes[0].get_lines()
+    assert [list(line.get_xdata()) for line in lines] == [[3], [5, 6, 6], [11]]
+    assert [line.get_ydata()[0] for line in lines] == [0.75, 0.5, 0]
+    assert original.get_ydata()[0] == 0.2677
+
+
+def lines_of(axes):
+    """{label: y values} of the lines of an axes."""
+    return {line.get_label().partition(" (")[0]: line.get_ydata() for line in axes.get_lines()}
+
+
+def test_figures_show_the_records():
+    records = FOUND["q2"]
+    lines = lines_of(q2.draw_curves(records, (q2.PLAIN, q2.VARIANT), "val_accuracy").axes[0])
+    for label in (q2.PLAIN, q2.VARIANT):
+        runs = common.curves(records[label], "val_accuracy")
+        assert lines[label] == pytest.approx(np.mean(runs, 0))
+    label = "plain, rate 0.1"  # two of its runs end early
+    [axes] = q2.draw_curves(records, [label], "val_accuracy").axes
+    runs = [list(line.get_ydata()) for line in axes.get_lines()]
+    assert runs == common.curves(records[label], "val_accuracy")
+    losses = np.array(common.curves(records[q2.PLAIN], "train_loss"))
+    running, each = q2.draw_running_mean(records[q2.PLAIN]).axes[0].get_lines()
+    assert each.get_ydata() == pytest.approx(losses.mean(0))
+    assert running.get_ydata()[2] == pytest.approx(losses[:, :3].mean())
+    for axes, labels in zip(q2.draw_shifted(records).axes, (q2.SHIFTED, q2.POOLS)):
+        for label, values in zip(labels, lines_of(axes).values()):
+            runs = [run["analysis"].get("shifted") for run in records[label]]
+            runs = np.array([run for run in runs if run])
+            assert values == pytest.approx((runs - runs[:, :1]).mean(0))
+    for label, marks in lines_of(q2.draw_main_results(records).axes[0]).items():
+        if label in records:
+            assert list(marks) == [q2.accuracy(run, "test") for run in records[label]]
+    runs = FOUND["q3"][q3.ATTENTION]
+    assert q3.example_table(runs).count("**") == 2 * (5 + 3)  # the original's and the first run's
+    lines = lines_of(q3.draw_wer_at_k(runs).axes[0])
+    mean = np.mean([run["analysis"]["curves"]["beam"] for run in runs], 0)
+    assert lines["beam of 10"] == pytest.approx(mean)
+    fig = q3.draw_lengths({q3.ATTENTION: runs}, [q3.ATTENTION])
+    is_long = np.array(runs[0]["analysis"]["lengths"]) >= 14
+    wrong = [np.array(run["final"]["greedy"]["distances"])[is_long] > 0 for run in runs]
+    assert fig.axes[1].get_lines()[0].get_ydata()[-1] == pytest.approx(np.mean(wrong))
+    assert fig.axes[2].patches[-1].get_height() == is_long.sum()
+
+
+# ----------------------------------------------------------------------------------------------
+# the report, regenerated
 
 
 @pytest.fixture
 def committed(tmp_path):
     """A folder with a copy of the committed records."""
     for name in ("runs", "trials"):
-        shutil.copytree(utils.ROOT / "figures" / name, tmp_path / "figures" / name)
+        shutil.copytree(FIGURES / name, tmp_path / "figures" / name)
     return tmp_path
 
 
 def contents(folder):
-    return {p.name: p.read_bytes() for p in (folder / "figures").iterdir() if p.is_file()}
-
-
-@pytest.mark.parametrize("question", SCRIPTS)
-@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
-def test_the_same_records_give_the_same_bytes(committed, question, ending):
-    argv = f"{SCRIPTS[question][1]}figure_format", ending
-    regenerate(question, committed, *argv)
-    first = contents(committed)
-    assert sum(name.endswith(ending) for name in first) >= 5
-    for path in (committed / "figures").glob("*.*"):
-        path.unlink()
-    regenerate(question, committed, *argv)
-    assert contents(committed) == first
-
-
-def test_each_part_leaves_the_other_and_what_was_written_by_hand(committed):
-    regenerate("q2", committed)
-    path = committed / "figures" / "README.md"
-    text = path.read_text(encoding="utf-8")
-    assert "{{" not in text
-    assert "not trained yet" in text.partition("<!-- q3 -->")[2]
-    regenerate("q3", committed)
-    text = path.read_text(encoding="utf-8")
-    assert "{{" not in text
-    by_hand = text.replace("<!-- q3 -->", "A remark in between.\n\n<!-- q3 -->") + "A last word.\n"
-    path.write_text(by_hand.replace("### 2.1", "### changed"), encoding="utf-8")
-    regenerate("q2", committed)
-    assert path.read_text(encoding="utf-8") == by_hand
-    regenerate("q3", committed)
-    assert path.read_text(encoding="utf-8") == by_hand
+    return {
+        path.name: path.read_bytes() for path in (folder / "figures").iterdir() if path.is_file()
+    }
 
 
 def test_the_committed_report_is_that_of_the_committed_records(committed):
-    for question in SCRIPTS:
-        regenerate(question, committed)
-    text = (committed / "figures" / "README.md").read_text(encoding="utf-8")
-    assert (utils.ROOT / "figures" / "README.md").read_text(encoding="utf-8") == text
-    figures = {path.name for path in (utils.ROOT / "figures").glob("q?-*.png")}
-    assert figures == set(re.findall(r"\((q\d-[\w-]+\.png)\)", text))
+    report.main(["--output_dir", str(committed)])
+    written = contents(committed)
+    text = written.pop("README.md").decode()
+    assert text == (FIGURES / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\((q\d-[\w-]+\.png)\)", text))
+    assert written.keys() == named == {path.name for path in FIGURES.glob("q?-*.png")}
 
 
-def test_a_report_without_its_markers_is_left_alone(committed, fails):
-    path = committed / "figures" / "README.md"
-    path.write_text("mine", encoding="utf-8")
-    line = fails(hw2_q2.main, ["-report", "-only", "none", "-output_dir", committed])
-    assert "<!-- q2 -->" in line
-    assert path.read_text(encoding="utf-8") == "mine"
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_the_same_records_give_the_same_bytes(tmp_path, suffix):
+    """And what has no records is not trained yet."""
+    (tmp_path / "figures" / "runs").mkdir(parents=True)
+    for path in FIGURES.glob("runs/q3-plain-*"):
+        shutil.copy(path, tmp_path / "figures" / "runs")
+    argv = ["--output_dir", str(tmp_path), "--format", suffix]
+    report.main(argv)
+    first = contents(tmp_path)
+    assert f"q3-cer.{suffix}" in first
+    assert f"q3-attention.{suffix}" not in first
+    assert "*(not trained yet)*" in first["README.md"].decode()
+    report.main(argv)
+    assert contents(tmp_path) == first
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", None], ids=["bytes", "folder"])
-def test_a_report_that_cannot_be_read_is_named_before_any_training(committed, fails, content):
-    path = committed / "figures" / "README.md"
-    if content:
-        path.write_bytes(content)
-    else:
-        path.mkdir()
-    for record in (committed / "figures" / "runs").glob("q2-*"):
-        record.unlink()
-    argv = ["-report", "-data_path", "no such data", "-output_dir", committed]
-    assert "README.md: cannot be read" in fails(hw2_q2.main, argv)
+def test_undefined_fields_are_an_error(tmp_path, monkeypatch):
+    template = tmp_path / "template.md"
+    template.write_text("{{ q2.no_such_table(records.q2) }}")
+    monkeypatch.setattr(report, "TEMPLATE", template)
+    with pytest.raises(Exception, match="no_such_table"):
+        report.main(["--output_dir", str(tmp_path)])
 
 
-def test_a_broken_record_is_set_aside(committed, capsys):
+def test_a_broken_record_is_named(committed, fails):
     broken = sorted((committed / "figures" / "runs").glob("q3-*"))[0]
-    broken.write_text('{"config": ', encoding="utf-8")
-    regenerate("q3", committed)
-    assert broken.name in capsys.readouterr().err
-    assert not broken.exists()
-    assert broken.with_suffix(".broken").exists()
+    broken.write_text('{"command": ', encoding="utf-8")
+    assert broken.name in fails(report.main, ["--output_dir", committed])
 
 
-def test_records_of_other_data_stay_out(committed):
-    """Also where there are real ones of the same options, or samples."""
-    regenerate("q3", committed)
-    before = contents(committed)
-    runs = committed / "figures" / "runs"
-    record = utils.load_record(next(runs.glob("q3-attn-lr0.003-seed42-*")))
-    record["final"]["greedy"]["cer"] = 0.001
-    for name, fingerprint in (("pronunciations", "f" * 12), ("sample", "0" * 12)):
-        record["config"]["data"] = {"name": name, "fingerprint": fingerprint}
-        utils.save_record(runs / f"q3-zzz-{name}.json", record)
-    regenerate("q3", committed)
-    assert contents(committed) == before
-
-
-@pytest.mark.parametrize("question", SCRIPTS)
-def test_a_run_that_diverged_at_once_breaks_no_report(committed, question):
-    for path in (committed / "figures" / "runs").glob(f"{question}-*"):
+def test_runs_that_diverge_at_once_break_no_report(committed):
+    for path in (committed / "figures" / "runs").glob("*"):
         record = utils.load_record(path)
         record |= {"history": {}, "diverged_in_epoch": 1, "diverged_in_batch": 1}
         utils.save_record(path, {k: v for k, v in record.items() if k != "final"})
         if "-seed42-" not in path.name:
             path.unlink()
-    regenerate(question, committed)
-    text = (committed / "figures" / "README.md").read_text(encoding="utf-8")
-    assert "not trained yet" in text
+    report.main(["--output_dir", str(committed)])
+    assert b"not trained yet" in contents(committed)["README.md"]
 
 
-def test_error_rates_by_length():
-    """Question 3's figure, at its last point, from the records' words."""
-    runs = runs_of(hw2_q3, "attention")
-    fig = hw2_q3.draw_lengths({"attention": runs})
-    assert [bar.get_height() for bar in fig.axes[2].patches][-1] == np.sum(
-        np.array(runs[0]["final"]["lengths"]) >= 14
-    )
-    for axes, index in zip(fig.axes, (0, 1)):
-        [line] = axes.get_lines()
-        rates = []
-        for run in runs:
-            words = zip(run["final"]["lengths"], run["final"]["greedy"]["distances"])
-            long = [(length, distance) for length, distance in words if length >= 14]
-            lengths, distances = map(np.array, zip(*long))
-            rates.append([distances.sum() / lengths.sum(), (distances > 0).mean()][index])
-        assert line.get_ydata()[-1] == pytest.approx(np.mean(rates))
+def test_samples_and_other_data_do_not_count(tmp_path):
+    """Also if they are of the same arguments."""
+    [record, *_] = FOUND["q3"][q3.ATTENTION]
+    args = hw2_q3.parse_args(record["command"].split()[2:])
+    for data in ("pronunciations", "sample"):
+        other = report.Dataset(data, "f" * 12)
+        path = tmp_path / f"{hw2_q3.make_run(args, other).name}.json"
+        utils.save_record(path, record | {"data": other._asdict()})
+    others = report.load_records(tmp_path)
+    assert [other["data"]["name"] for other in others.values()] == ["pronunciations"]
+    assert report.find_records(q3, RECORDS | others) == FOUND["q3"]
 
 
-def test_figures_show_the_records(committed):
-    records = {label: runs_of(hw2_q2, label) for label in SMALL}
-    fig = hw2_q2.draw_bands(records, tuple(records), {"val_accuracy": "Validation accuracy"})
-    lines = fig.axes[0].get_lines()
-    assert len(lines) == len(records)
-    for line, runs in zip(lines, records.values()):
-        for epoch, value in zip(*line.get_data()):
-            histories = [run["history"]["val_accuracy"] for run in runs]
-            known = [history[int(epoch) - 1] for history in histories if len(history) >= epoch]
-            assert value == pytest.approx(statistics.mean(known))
-    [running, own] = hw2_q2.draw_running_mean(records["plain, rate 0.01"]).axes[0].get_lines()
-    losses = [run["history"]["train_loss"] for run in records["plain, rate 0.01"]]
-    assert own.get_ydata()[2] == pytest.approx(np.mean(losses, 0)[2])
-    assert running.get_ydata()[2] == pytest.approx(np.mean(losses, 0)[:3].mean())
+def test_records_scored_otherwise_are_named_and_left_out(capsys):
+    name, record = next((n, r) for n, r in RECORDS.items() if r in FOUND["q3"][q3.ATTENTION])
+    final = {k: v for k, v in record["final"].items() if k != "beam"}
+    for changed in ({"final": final}, {"final": final | {"beam": {"size": 10}}}):
+        found = report.find_records(q3, RECORDS | {name: record | changed})
+        assert len(found[q3.ATTENTION]) == len(FOUND["q3"][q3.ATTENTION]) - 1
+        assert name in capsys.readouterr().err
 
 
-def drawn(axes):
-    """{label: y values} of the lines of an axes."""
-    return {line.get_label().partition(" (")[0]: line.get_ydata() for line in axes.get_lines()}
-
-
-def test_runs_that_end_early_are_drawn_one_by_one():
-    runs = runs_of(hw2_q2, "plain, rate 0.1")
-    records = {"plain, rate 0.1": runs}
-    [axes] = hw2_q2.draw_bands(records, records, {"val_accuracy": "Validation accuracy"}).axes
-    lines = [list(line.get_ydata()) for line in axes.get_lines()]
-    assert lines == [run["history"]["val_accuracy"] for run in runs]
-
-
-def test_figures_of_final_scores_show_the_records():
-    """Moved pictures, sizes, overfitting and scrambled pixels; WER@k."""
-    records = {system.label: runs_of(hw2_q2, system.label) for system in hw2_q2.SYSTEMS}
-    for axes, labels in zip(hw2_q2.draw_moved(records).axes, (hw2_q2.MOVED, hw2_q2.POOLS)):
-        assert list(drawn(axes)) == list(labels)
-        for label, values in zip(labels, drawn(axes).values()):
-            runs = np.array(hw2_q2.moved(records[label]))
-            assert values == pytest.approx((runs - runs[:, :1]).mean(0))
-    accuracy, epochs, seconds = hw2_q2.draw_size(records).axes
-    for label in hw2_q2.CHANGES:
-        runs = hw2_q2.with_scores(records[label])
-        assert list(drawn(accuracy)[label]) == [hw2_q2.late(run) for run in runs]
-        assert list(drawn(epochs)[label]) == [hw2_q2.first_epoch(run) for run in runs]
-        assert list(drawn(seconds)[label]) == [hw2_q2.seconds_an_epoch(run) for run in runs]
-    for axes, label in zip(hw2_q2.draw_overfitting(records).axes, hw2_q2.REGULARISED):
-        histories = [run["history"] for run in records[label]]
-        for name, column in (("training", "train_accuracy"), ("validation", "val_accuracy")):
-            mean = np.mean([history[column] for history in histories], 0)
-            assert drawn(axes)[name] == pytest.approx(mean)
-    lines = drawn(hw2_q2.draw_scrambled(records).axes[-1])
-    for label in hw2_q2.SCRAMBLED:
-        mean = np.mean([run["history"]["val_accuracy"] for run in records[label]], 0)
-        assert lines[label] == pytest.approx(mean)
-    runs = runs_of(hw2_q3, "attention")
-    reported = hw2_q3.REPORTED[hw2_q3.ATTENTION, "nucleus"][1:]
-    lines = drawn(hw2_q3.draw_candidates(runs, reported).axes[0])
-    for way, name in (("nucleus", "nucleus, p = 0.8"), ("beam", "beam of 10")):
-        assert lines[name] == pytest.approx(
-            np.mean([run["final"]["curves"][way] for run in runs], 0)
-        )
-    assert list(lines["nucleus, the report"]) == [0.855, 0.755]
-
-
-def test_the_reports_totals():
-    table = hw2_q2.totals_table().splitlines()
-    assert table[2].endswith("| 5,340,742 | -3,078 | 2,496 | 5,340,160 | 5,340,160 |")
-    assert table[3].endswith("| 755,718 | -3,078 | 0 | 752,640 | 752,640 |")
-
-
-def test_right_examples_by_hand():
-    runs = runs_of(hw2_q3, "attention")
-    rows = hw2_q3.example_table(runs[:1]).splitlines()[2:]
-    bold = [
-        sum(f"**{row.split(' | ')[0][2:]}**" in cell for cell in row.split(" | ")[1:2])
-        for row in rows
-    ]
-    assert sum(bold) == 5  # remainder, misperception, slogger, glossal, companions
-    sentence = hw2_q3.count_right_examples(runs)
-    right = [sum(word in found for word, found in run["final"]["examples"]) for run in runs]
-    assert f"spell 5 of the ten words rightly, ours {', '.join(map(str, right))}" in sentence
-
-
-@pytest.mark.parametrize("question", SCRIPTS)
-def test_trials_are_named_by_what_they_change(tmp_path, question, capsys):
-    script, _ = SCRIPTS[question]
-    assert utils._trials_table(script, tmp_path) is None
-    record = runs_of(script, "attention" if question == "q3" else "kernels 3x3, max pooling")[0]
-    more = {"03": {"gone": ["a", "b"]}, "02": {}, "04": {"dropout": 0.7}, "05": {"gone": []}}
-    for day, changes in more.items():
-        options = record["config"]["options"] | changes
-        trial = record | {"config": record["config"] | {"options": options}}
+@pytest.mark.parametrize("key", report.QUESTIONS)
+def test_trials_are_named_by_what_they_change(tmp_path, key):
+    assert report.trials_table(key, tmp_path) is None
+    label = q3.ATTENTION if key == "q3" else "kernels 3x3, max pooling"
+    record = FOUND[key][label][0]
+    changes = {"03": {"gone": ["a", "b"]}, "02": {}, "04": {"dropout": 0.7}, "05": {"gone": []}}
+    for day, changed in changes.items():
+        trial = record | {"arguments": record["arguments"] | changed}
         trial["measured"] = record["measured"] | {"date": f"2026-01-{day}", "commit": f"c{day}"}
         if day == "04":
             del trial["final"]
-            trial |= {"diverged_in_epoch": 2}
-        if day == "05" and question == "q3":
+            trial["diverged_in_epoch"] = 2
+        if day == "05" and key == "q3":
             del trial["final"]  # it was not tested
-        utils.save_record(tmp_path / f"{question}-{day}.json", trial)
-    (tmp_path / f"{question}-06.json").write_text("{")
-    rows = utils._trials_table(script, tmp_path).splitlines()[2:]
-    assert f"{question}-06.json" in capsys.readouterr().err
-    changed = [row.split(" | ")[0] for row in rows]
-    assert changed == ["| –", "| gone a b", "| dropout 0.7", "| gone none"]
-    assert [row.split(" | ")[-1] for row in rows] == ["c02 |", "c03 |", "c04 |", "c05 |"]
-    best = {
-        "q2": lambda: f"{record['final']['val']['accuracy']:.3f}",
-        "q3": lambda: f"{min(record['history']['val_cer']):.4f}",
-    }
-    assert rows[0].split(" | ")[1] == best[question]()
-    assert rows[2].split(" | ")[1] == "diverged"
-    assert rows[3].split(" | ")[1] == best[question]()
+        utils.save_record(tmp_path / f"{key}-{day}.json", trial)
+    rows = [row.split(" | ") for row in report.trials_table(key, tmp_path).splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| –", "| gone a b", "| dropout 0.7", "| gone none"]
+    assert [row[-1] for row in rows] == ["c02 |", "c03 |", "c04 |", "c05 |"]
+    if key == "q2":
+        score = f"{record['final']['val']['accuracy']:.3f}"
+    else:
+        score = f"{min(record['history']['val_cer']):.4f}"
+    assert [row[1] for row in rows] == [score, score, "diverged", score]
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path, landscapes_path):
-    """small(*argv) -> question 2's report over two tiny systems, two seeds each."""
-    kept = [dataclasses.replace(s, seeds=2) for s in hw2_q2.SYSTEMS if s.label in SMALL]
-    short = [dataclasses.replace(s, arguments=f"{s.arguments} -epochs 1") for s in kept]
-    rest = [s for s in hw2_q2.SYSTEMS if s.label not in SMALL]
-    systems = (*short, *(dataclasses.replace(s, group="never") for s in rest))
-    monkeypatch.setattr(hw2_q2, "SYSTEMS", systems)
-
-    def report(*argv):
-        words = f"-report -data_path {landscapes_path} -output_dir {tmp_path}".split()
-        hw2_q2.main([*words, *argv])
-
-    return report
-
-
-SMALL = "plain, rate 0.01", "batch norm + pooling"
-
-
-def test_what_is_missing_is_trained_and_nothing_else(small, tmp_path, capsys):
-    small("-dry_run")
-    listed = capsys.readouterr().out.splitlines()
-    assert listed[-1].startswith("4 runs to train")
-    assert all(
-        line.startswith("python hw2_q2.py -learning_rate 0.01 -epochs 1") for line in listed[:4]
-    )
-    small("-only", "plain*")
-    runs = tmp_path / "figures" / "runs"
-    assert len(list(runs.iterdir())) == 2
-    small()
-    before = {path: path.stat().st_mtime_ns for path in runs.iterdir()}
-    assert len(before) == 4
-    [gone, *others] = before
-    gone.unlink()
-    small()
-    assert gone.exists()
-    assert all(path.stat().st_mtime_ns == before[path] for path in others)
-    text = (tmp_path / "figures" / "README.md").read_text(encoding="utf-8")
-    assert f"({SCRIPTS['q2'][0].QUESTION}-rates.png)" in text
-    assert "not trained yet" in text
+# ----------------------------------------------------------------------------------------------
+# training for the report
 
 
 @pytest.mark.parametrize(
     ("argv", "runs"),
     [
-        ("-report", 16), ("-report all", 43), ("-report -n_seeds 1", 6),
-        ("-report -only plain*", 11), ("-report beyond -n_seeds 1", 22),
-        ("--report", 6), ("--report beyond", 37),
+        ("report --question q2", 16), ("all --question q2", 43), ("report --seeds 1", 6),
+        ("report --only plain*", 11), ("beyond --question q2 --seeds 1", 22),
+        ("report --question q3", 6), ("beyond --question q3", 37),
     ],
 )  # fmt: skip
-def test_what_would_be_trained(tmp_path, capsys, argv, runs):
-    script, dash = SCRIPTS["q3" if argv.startswith("--") else "q2"]
-    script.main([*argv.split(), f"{dash}dry_run", f"{dash}output_dir", str(tmp_path)])
-    *commands, last = capsys.readouterr().out.splitlines()
-    assert last == f"{runs} runs to train"
-    assert len(set(commands)) == runs
+def test_a_dry_run_lists_the_commands(tmp_path, capsys, argv, runs):
+    report.main(f"--train {argv} --dry_run --output_dir {tmp_path}".split())
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.endswith("runs to train"))
+    assert lines[first] == f"{runs} runs to train"
+    assert len(set(lines[:first])) == runs
+    assert all(line.startswith("python hw2_q") for line in lines[:first])
 
 
-def test_how_long_training_would_take(tmp_path, capsys):
-    """One run of 40 epochs of an hour each is there; of the same network two more are missing."""
-    record = runs_of(hw2_q2, "plain, rate 0.01")[0]
-    record["measured"]["seconds"] = [3600.0] * 40
-    utils.save_record(tmp_path / "figures" / "runs" / "q2-one.json", record)
-    argv = "-report", "-only", "plain, rate 0.01", "-dry_run", "-output_dir", str(tmp_path)
-    hw2_q2.main(list(argv))
-    hours = 80 / len(utils.cores())
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"2 runs to train; some {hours:.1f} hours on this machine"
-
-
-def test_systems_on_other_words_and_of_several_models(tmp_path, monkeypatch, capsys):
-    """Other words' runs have keys of their own; the ensemble is trained last, and takes no time."""
-    systems = (
-        utils.System("together", "--ensemble --seed 42 1", group="beyond"),
-        utils.System("one", "", 2, "beyond"),
-        utils.System("other", "", 1, "beyond", "cats"),
+def test_a_dry_run_estimates_the_hours(tmp_path, capsys, monkeypatch):
+    """One run of 40 epochs of an hour each is there; two more seeds are missing."""
+    record = FOUND["q2"][q2.PLAIN][0]
+    record = record | {"measured": record["measured"] | {"seconds": [3600.0] * 40}}
+    run = hw2_q2.make_run(
+        hw2_q2.parse_args(record["command"].split()[2:]), report.Dataset(**record["data"])
     )
-    shown, trained = [], []
-
-    def train(script, several, data):
-        for options in several:
-            run, measured = script.make_run(options, data), {"seconds": [3600.0]}
-            trained.append((options.label, options.seed))
-            record = {"config": run.config, "final": {}, "measured": measured}
-            utils.save_record(run.record, record | {"history": {}})
-
-    monkeypatch.setattr(hw2_q3, "SYSTEMS", systems)
-    monkeypatch.setattr(hw2_q3, "DATA_DIR", tmp_path / "data")
-    monkeypatch.setattr(hw2_q3, "report_parts", lambda records: shown.append(records) or {})
-    monkeypatch.setattr(utils, "ROOT", tmp_path)
-    monkeypatch.setattr(utils, "write_part", lambda *_: None)
-    monkeypatch.setattr(utils, "train_many", train)
-    for folder, word in (("data", "kat"), ("data/cats", "cats")):
-        (tmp_path / folder).mkdir()
-        for name in ("train", "valid", "test"):
-            (tmp_path / folder / f"{name}.tsv").write_text(f"{' '.join(word)}\t{word}\n")
-    argv = ["--report", "beyond", "--output_dir", str(tmp_path)]
-    hw2_q3.main([*argv, "--dry_run"])
-    assert "4 runs to train" in capsys.readouterr().out
-    hw2_q3.main(argv)
-    assert trained == [("one", 42), ("one", 1), ("other", 42), ("together", [42, 1])]
-    [records] = shown
-    assert {label: len(runs) for label, runs in records.items()} == {
-        "together": 1, "one": 2, "other": 1
-    }  # fmt: skip
-    assert records["other"][0]["config"]["data"]["name"] == "cats"
-    for path in [
-        *tmp_path.glob("figures/runs/*-ensemble-*"),
-        *tmp_path.glob("figures/runs/*-cats-*"),
-    ]:
-        path.unlink()
-    capsys.readouterr()
-    hw2_q3.main([*argv, "--dry_run"])
-    hours = 20 / len(utils.cores())  # of the usual hour an epoch; testing together takes none
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"2 runs to train; some {hours:.1f} hours on this machine"
-    (tmp_path / "data" / "train.tsv").write_text("k\tc\n")
-    with pytest.raises(UserError, match="need the data of the others"):
-        hw2_q3.main(argv)
+    utils.save_record(tmp_path / "figures" / "runs" / f"{run.name}.json", record)
+    monkeypatch.setattr(utils, "cpu_count", lambda: 4)
+    argv = ["--train", "report", "--only", q2.PLAIN, "--dry_run", "--output_dir", str(tmp_path)]
+    report.main(argv)
+    assert "2 runs to train; about 20.0 hours" in capsys.readouterr().out
 
 
-def test_missing_runs_do_not_mix_data(committed, monkeypatch, landscapes_path):
+def test_bfloat16_where_it_is_faster(monkeypatch):
+    """Else float32; a record of either counts, and two experiments may then share a run."""
+    options = report.parse_args(["--train", "beyond", "--only", q2.ORIGINAL_10])
+    for is_faster, precision in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(utils, "bfloat16_is_faster", lambda is_faster=is_faster: is_faster)
+        jobs = report.missing_jobs(q2, options, {})
+        assert [args.precision for _, args in jobs] == [precision] * 3
+    assert report.missing_jobs(q2, options, RECORDS) == []
+    dataset = report.Dataset(**next(iter(FOUND["q2"][q2.VARIANT]))["data"])
+    names = {hw2_q2.make_run(args, dataset).name for _, args in jobs}
+    assert len(report.missing_jobs(q2, options, {n: RECORDS[n] for n in names & {*RECORDS}})) == 1
+
+
+def test_training_options_need_train(fails):
+    for argv in (["--dry_run"], ["--only", "x"], ["--question", "q2"], ["--seeds", "1"]):
+        assert f"{argv[0]} needs --train" in fails(report.main, argv)
+
+
+def test_missing_runs_do_not_mix_data(committed, monkeypatch, landscapes_path, fails):
     """Neither samples nor other photographs with those of the records."""
     monkeypatch.setattr(hw2_q2, "DATA_PATH", committed / "nothing.npz")
     for path in (committed / "figures" / "runs").glob("q2-bn-gap-lr0.01-seed1-*"):
         path.unlink()
-    argv = ["-report", "-only", "batch norm + pooling", "-output_dir", str(committed)]
-    with pytest.raises(UserError, match="need the data of the others"):
-        hw2_q2.main(argv)
-    with pytest.raises(UserError, match="need the data of the others"):
-        hw2_q2.main([*argv, "-data_path", str(landscapes_path)])
+    argv = ["--train", "report", "--only", q2.VARIANT, "--output_dir", committed]
+    assert "need the data of the other records" in fails(report.main, argv)
+    given = [*argv, "--data_path", landscapes_path]
+    assert "need the data of the other records" in fails(report.main, given)
     shutil.rmtree(committed / "figures")
-    with pytest.raises(UserError, match="need real data"):
-        hw2_q2.main(argv)
+    assert "need real data" in fails(report.main, argv)
 
 
-def test_intervals_hold_what_they_should():
-    """One run of accuracy .5 on 100 pictures: .5 ± 1.96 * .05; two very different runs: both."""
-    runs = [{"final": {"test": {"confusion": [[25, 25], [25, 25]]}}}]
-    draw = hw2_q2.draw_accuracy("test")
-    low, high = utils.interval(draw, runs)
-    assert (low, high) == (pytest.approx(0.402, abs=0.02), pytest.approx(0.598, abs=0.02))
-    runs.append({"final": {"test": {"confusion": [[45, 5], [5, 45]]}}})
-    low, high = utils.interval(draw, runs)
-    assert low < 0.45
-    assert high > 0.92
-    words = {"lengths": [4] * 100, "greedy": {"distances": [0, 4] * 50, "ranks": [1, 0] * 50}}
-    for measure in ("cer", "wer"):
-        low, high = utils.interval(hw2_q3.draw_errors("greedy", measure), [{"final": words}])
-        assert (low, high) == (pytest.approx(0.402, abs=0.02), pytest.approx(0.598, abs=0.02))
+def only(monkeypatch, question, arguments, seeds):
+    """Leave the experiments of {label: arguments} alone in the group 'report'."""
+    experiments = [dataclasses.replace(e, group="none") for e in question.EXPERIMENTS]
+    for i, experiment in enumerate(experiments):
+        if words := arguments.get(experiment.label):
+            changes = {"arguments": words, "seeds": seeds, "group": "report"}
+            experiments[i] = dataclasses.replace(experiment, **changes)
+    monkeypatch.setattr(question, "EXPERIMENTS", tuple(experiments))
+
+
+def test_what_is_missing_is_trained_and_analysed(monkeypatch, tmp_path, arrays):
+    arrays = dict(arrays) | {"train_images": arrays["train_images"].copy()}
+    arrays["train_images"][:2] = arrays["test_images"][:2]  # of classes 0 and 1
+    arrays["train_labels"] = np.array([0, 5, *arrays["train_labels"][2:]])
+    np.savez(tmp_path / "data.npz", **arrays)
+    tiny = {q2.PLAIN: "-no_batch_norm -epochs 1", q2.BEST: "-tta mirror -epochs 1"}
+    only(monkeypatch, q2, tiny, seeds=1)
+    argv = ["--train", "report", "--question", "q2", "--data_path", str(tmp_path / "data.npz")]
+    argv += ["--output_dir", str(tmp_path)]
+    report.main(argv)
+    runs = tmp_path / "figures" / "runs"
+    before = {path: path.read_bytes() for path in sorted(runs.iterdir())}
+    assert len(before) == 2
+    shutil.rmtree(tmp_path / "checkpoints")  # a complete record needs none
+    path = next(iter(before))
+    path.unlink()
+    report.main(argv)  # trains this run again, with the same numbers, and no other
+    record, old = utils.load_record(path), json.loads(before.pop(path))
+    assert record | {"measured": 0} == old | {"measured": 0}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    model, _, _ = hw2_q2.load_network(tmp_path / "checkpoints" / f"{path.stem}.pt")
+    check_analysis(record["analysis"], model, arrays)
+
+
+def check_analysis(analysis, model, arrays):
+    """Compare with slow code, one image at a time; the network has mirror images at test time."""
+
+    @torch.no_grad()
+    def predict(image):
+        return model(image.unsqueeze(0).float() / 255)[0].exp()
+
+    def accuracy(images, split):
+        labels = arrays[f"{split}_labels"]
+        return np.mean([predict(x).argmax().item() == y for x, y in zip(images, labels)])
+
+    train, test = (
+        torch.tensor(arrays[f"{split}_images"]).permute(0, 3, 1, 2) for split in ("train", "test")
+    )
+    assert analysis["train"]["accuracy"] == accuracy(train, "train")
+    assert analysis["shifted"][0] == analysis["sizes"]["48"] == accuracy(test, "test")
+    padded = torch.nn.functional.pad(test.float(), (2, 2, 2, 2), mode="replicate")
+    corners = (0, 2), (4, 2), (2, 0), (2, 4)
+    scores = [accuracy(padded[:, :, y : y + 48, x : x + 48], "test") for y, x in corners]
+    assert analysis["shifted"][2] == pytest.approx(np.mean(scores))
+    bins, confident = [[] for _ in range(10)], 0
+    for i, (image, label) in enumerate(zip(test, arrays["test_labels"])):
+        p, guess = ((predict(image) + predict(image.flip(2))) / 2).max(0)
+        bins[min(int(p * 10), 9)].append((p.item(), float(guess == label)))
+        confident += int(p >= 0.9)
+        if i == 1:  # among the training images with label 5
+            error = int(guess != label)
+            assert analysis["label_conflicts"] == [1, error, error * int(p >= 0.9)]
+    for (count, *means), images in zip(analysis["calibration"], bins):
+        assert count == len(images)
+        assert not images or means == pytest.approx(np.mean(images, 0).tolist(), abs=1e-5)
+    assert np.sum(analysis["confident"]) == confident
+
+
+def test_question_3_is_trained_scored_and_analysed(monkeypatch, tmp_path):
+    """An ensemble comes after its members; a record scored otherwise is completed."""
+    folder = tmp_path / "words"
+    folder.mkdir()
+    words = ["cat", "bed", "deck", "tab", "beak", "cab"]
+    for name in ("train", "valid", "test"):
+        lines = (f"{' '.join(word)}\t{word}\n" for word in words)
+        (folder / f"{name}.tsv").write_text("".join(lines))
+    tiny = f"--use_attn --hidden_size 8 --n_epochs 2 {q3.DECODING}"
+    ensemble = f"{tiny} --ensemble --seed 42 1"
+    only(monkeypatch, q3, {q3.BEST: tiny, q3.ENSEMBLE: ensemble}, seeds=2)
+    places = ["--data_dir", str(folder), "--output_dir", str(tmp_path)]
+    hw2_q3.main(["--use_attn", "--hidden_size", "8", "--n_epochs", "2", "--threads", "1", *places])
+    report.main(["--train", "report", "--question", "q3", *places])
+    found = report.find_records(q3, report.load_records(tmp_path / "figures" / "runs"))
+    assert [len(found[label]) for label in (q3.BEST, q3.ENSEMBLE)] == [2, 1]
+    for record in found[q3.BEST] + found[q3.ENSEMBLE]:
+        final, analysis = record["final"], record["analysis"]
+        assert analysis["lengths"] == [3, 3, 4, 3, 4, 3]
+        ranks = final["nucleus"]["ranks"]
+        curve = [np.mean([not 1 <= rank <= k for rank in ranks]) for k in range(1, 11)]
+        assert analysis["curves"]["nucleus"] == pytest.approx(curve)
+        assert analysis["curves"]["beam"] == sorted(analysis["curves"]["beam"], reverse=True)
+        edits = analysis["mistakes"]["kinds"]
+        assert sum(edits.values()) == sum(final["greedy"]["distances"])
+
+
+def test_edits_by_hand():
+    assert q3.count_edits(["cut", "bd", "tabs"], ["cat", "bed", "tab"]) == {
+        "kinds": {"delete": 1, "insert": 1, "replace": 1},
+        "common": [["", "s", 1], ["a", "u", 1], ["e", "", 1]],
+    }
+    assert q3.count_edits(["cut"] * 2, ["cat"] * 2, most_common=1)["common"] == [["a", "u", 2]]
+
+
+def test_machines_are_counted_with_their_gpus():
+    machine = {"processor": "CPU", "cores": 2, "threads": 1, "torch": "2", "python": "3"}
+    runs = [{"measured": machine | {"device": name}} for name in ("cpu", "cpu", "GPU")]
+    same = "2 cores of an CPU, 1 thread per run, torch 2, Python 3"
+    assert common.machines({"a": runs}) == f"{same} (2 runs); GPU, {same} (1 run)"

@@ -1,0 +1,804 @@
+"""Runs that are killed; full disks, short memory, closed pipes; damaged and hostile files; wrong
+and random command lines. `--kills 500` and `--fuzz 100000` search for longer.
+
+kills, locks | disks, memory, output | checkpoints, records | data files | command lines | fuzzing
+"""
+
+import contextlib
+import errno
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from PIL import Image
+
+import hw2_q2
+import hw2_q3
+import utils
+from data import prepare_landscapes, prepare_pronunciations
+from tests.conftest import Killed, assert_equal_runs, make_run, save_checkpoint
+from utils import UserError
+
+SCRIPTS = {"q2": hw2_q2, "q3": hw2_q3}
+posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
+both_questions = pytest.mark.parametrize("question", SCRIPTS)
+
+
+@pytest.fixture(scope="module")
+def commands(landscapes_path, tmp_path_factory):
+    """{question: the arguments of a run of four epochs that takes a second}, but for a folder."""
+    words = tmp_path_factory.mktemp("words")
+    for name in ("train", "valid", "test"):
+        text = "k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\nt ɑ p\ttop\n"
+        (words / f"{name}.tsv").write_text(text, encoding="utf-8")
+    q2 = f"-epochs 4 -threads 1 -data_path {landscapes_path} -output_dir"
+    q3 = f"--n_epochs 4 --use_attn --nucleus --hidden_size 8 --batch_size 2 --data_dir {words}"
+    return {"q2": q2.split(), "q3": [*q3.split(), "--output_dir"]}
+
+
+@pytest.fixture(scope="module")
+def finished_runs(commands, tmp_path_factory):
+    """A folder where both runs are finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    for question, argv in commands.items():
+        SCRIPTS[question].main([*argv, str(folder)])
+    return folder
+
+
+@pytest.fixture
+def start(commands, finished_runs, tmp_path):
+    """start(question): main function and arguments of a run in tmp_path/out, or, if it is to be
+    finished, also its checkpoint and its record."""
+
+    def make(question, finished=False):
+        out = tmp_path / "out"
+        command = SCRIPTS[question].main, [*commands[question], str(out)]
+        if not finished:
+            return command
+        shutil.copytree(finished_runs, out, dirs_exist_ok=True)
+        [checkpoint] = out.glob(f"checkpoints/{question}-*.pt")
+        [record] = out.glob(f"figures/runs/{question}-*")
+        return *command, checkpoint, record
+
+    return make
+
+
+# ----------------------------------------------------------------------------------------------
+# kills and locks
+
+KILLS_PER_RUN = 5
+if os.name == "posix":
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])  # imports are made once
+
+
+def child(question, argv, output, started, kill, moment):
+    """Run a script in this process, which kills itself at a moment: each file has three, before
+    it is written, when it has its temporary name, and afterwards."""
+    write_whole, moments = utils.write_file, itertools.count(1)
+
+    def reach_moment():
+        if next(moments) == moment:
+            os.kill(os.getpid(), kill)
+
+    def write_file(path, write):
+        reach_moment()
+        write_whole(path, lambda file: (write(file), reach_moment()))
+        reach_moment()
+
+    def main():
+        started.set()
+        SCRIPTS[question].main(argv)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it has ended: nothing to interrupt
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    utils.write_file = write_file
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with open(output, "w", encoding="utf-8", buffering=1) as stream:
+        sys.stdout = sys.stderr = stream
+        utils.run_script(main)
+
+
+def run_child(question, argv, folder, kill=None, delay=None, moment=0):
+    """Run a script until it ends or is killed. Returns its exit status, output and seconds."""
+    folder.mkdir(exist_ok=True)
+    argv, output, started = [*argv, str(folder)], folder / "output.txt", forks.Event()
+    process = forks.Process(target=child, args=(question, argv, output, started, kill, moment))
+    process.start()
+    assert started.wait(60)
+    start = time.monotonic()
+    if delay is not None:
+        process.join(delay)
+        if process.is_alive():
+            os.kill(process.pid, kill)
+    process.join(120)
+    return process.exitcode, output.read_text(encoding="utf-8"), time.monotonic() - start
+
+
+def random_kill(rng, seconds):
+    """How to kill a run of `seconds`: at any time, or around any of its nine files."""
+    kill = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+    if rng.random() < 0.5:
+        return {"kill": kill, "delay": rng.uniform(0, seconds)}
+    return {"kill": kill, "moment": rng.randint(1, 27)}
+
+
+def assert_files_are_whole(folder):
+    """Every file under a final name can be read."""
+    for path in folder.rglob("[!.]*.pt"):
+        utils.load_checkpoint(path)
+    for path in folder.rglob("[!.]*.json"):
+        utils.load_record(path)
+    for path in folder.rglob("[!.]*.png"):
+        Image.open(path).load()
+
+
+def results(folder, output):
+    """(record, checkpoint), lines of scores, names of files: the same for every run."""
+    [record], [checkpoint] = folder.glob("figures/runs/*"), folder.glob("checkpoints/*.pt")
+    scores = [line for line in output.splitlines() if line.startswith(("Valid", "Final", "Test "))]
+    assert scores
+    files = utils.load_record(record), utils.load_checkpoint(checkpoint)
+    return files, scores, {path.name for path in folder.rglob("*")}
+
+
+@posix
+@both_questions
+def test_a_killed_run_resumes_to_the_same_bits(question, commands, tmp_path, pytestconfig):
+    rng, argv = random.Random(question), commands[question]
+    remaining = pytestconfig.getoption("kills") // len(SCRIPTS)
+    status, output, seconds = run_child(question, argv, tmp_path / "whole")
+    assert status == 0, output
+    expected = results(tmp_path / "whole", output)
+    while remaining > 0:
+        folder = tmp_path / f"killed-{remaining}"
+        for _ in range(min(KILLS_PER_RUN, remaining)):
+            how = random_kill(rng, seconds)
+            status, output, _ = run_child(question, argv, folder, **how)
+            assert_files_are_whole(folder)
+            if status == 0:  # it ended before
+                break
+            remaining -= 1
+            assert status == (-signal.SIGKILL if how["kill"] == signal.SIGKILL else 130), output
+            if status == 130:
+                assert "interrupted; run the same command again" in output.splitlines()[-1]
+                assert "Traceback" not in output
+        status, output, _ = run_child(question, argv, folder)
+        assert status == 0, output
+        resumed = results(folder, output)
+        assert_equal_runs(resumed[0], expected[0], ["model", *["best"] * (question == "q3")])
+        assert resumed[1:] == expected[1:]
+        shutil.rmtree(folder)
+
+
+def hold_lock(checkpoint, held):
+    with utils.run_lock(make_run(checkpoint.parent, checkpoint_file=checkpoint)):
+        held.set()
+        time.sleep(60)
+
+
+@posix
+@both_questions
+def test_a_run_has_one_process_whose_end_frees_its_lock(start, question, fails):
+    main, argv, checkpoint, _ = start(question, finished=True)
+    held = forks.Event()
+    process = forks.Process(target=hold_lock, args=(checkpoint, held))
+    process.start()
+    assert held.wait(60)
+    assert "another process is training this run" in fails(main, argv)
+    process.kill()
+    process.join()
+    main(argv)
+
+
+# ----------------------------------------------------------------------------------------------
+# disks, memory, output
+
+
+def contents(folder):
+    """{path: bytes} of the files in a folder, but for the empty locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def disk_limit():
+    """disk_limit(size): no file may grow beyond `size` bytes."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@both_questions
+def test_a_full_disk_costs_no_finished_epoch(
+    start, question, disk_limit, tmp_path, fails, monkeypatch, capsys
+):
+    (main, argv), save = start(question), utils.save_checkpoint
+
+    def save_and_die(*args, **more):
+        save(*args, **more)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(utils, "save_checkpoint", save_and_die)
+        main(argv)
+    before = contents(tmp_path / "out")
+    disk_limit(2000)
+    assert ".pt: cannot be written" in fails(main, argv)
+    assert contents(tmp_path / "out") == before
+    disk_limit(-1)
+    main(argv)
+    assert "Resuming after epoch 1" in capsys.readouterr().out
+
+
+DISK_ERRORS = [("q2", errno.ENOSPC), ("q3", errno.EROFS), ("q3", errno.EACCES), ("q3", errno.EIO)]
+
+
+@pytest.mark.parametrize(("question", "code"), DISK_ERRORS)
+def test_a_folder_that_cannot_be_written(start, question, code, monkeypatch, tmp_path, fails):
+    def fail(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(utils, "_replace", fail)
+    assert f"cannot be written ([Errno {code}]" in fails(*start(question))
+    assert contents(tmp_path / "out") == {}
+
+
+@both_questions
+@pytest.mark.parametrize("name", ["out", "out/checkpoints", "out/figures"])
+def test_a_file_where_a_folder_should_be(start, question, name, tmp_path, fails):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    assert f"error: {path}" in fails(*start(question))
+    assert path.read_text() == "mine"
+
+
+@both_questions
+def test_a_figure_that_cannot_be_written_costs_no_training(start, question, fails, capsys):
+    main, argv, _, record = start(question, finished=True)
+    before = utils.load_record(record)
+    figure = next(record.parents[1].glob(f"{question}-*/*.png"))
+    record.unlink()
+    figure.unlink()
+    figure.mkdir()
+    assert f"{figure.name}: cannot be written" in fails(main, argv)
+    figure.rmdir()
+    main(argv)
+    assert "Epoch " not in capsys.readouterr().out
+    assert figure.is_file()
+    assert utils.load_record(record)["final"] == before["final"]
+
+
+def test_an_allocation_that_no_machine_can_make(fails):
+    assert "out of memory; reduce batch size" in fails(lambda argv: torch.empty(2**50), [])
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+]
+BUGS = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a file of ours"),
+    OSError(errno.EBADF, os.strerror(errno.EBADF)),
+    KeyError("x"),
+]
+
+
+@both_questions
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+def test_short_memory_in_training_ends_with_one_line(start, question, error, monkeypatch, fails):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(utils, "learning_rate", fail)
+    assert "out of memory; reduce batch size or network" in fails(*start(question))
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=repr)
+def test_a_bug_shows_its_traceback(bug):
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)) as caught:
+        utils.run_script(main)
+    assert caught.value is bug
+
+
+NO_READER = "| true", ""  # as in `... | head -1`
+NO_SPACE = "> /dev/full", r"hw2_q2.py: error: cannot write the output .*No space left on device.*\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize(("target", "errors"), [NO_READER, NO_SPACE])
+def test_output_that_cannot_be_written(target, errors):
+    command = f"'{sys.executable}' hw2_q2.py -count_params {target}"
+    done = subprocess.run(command, shell=True, cwd=utils.ROOT, capture_output=True, text=True)
+    assert re.fullmatch(errors, done.stderr)
+
+
+@pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
+def test_a_standard_stream_that_is_closed(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    calls = []
+    utils.run_script(lambda: calls.append(print("x")))
+    assert calls == [None]
+
+
+# ----------------------------------------------------------------------------------------------
+# checkpoints and records
+
+
+class Bomb:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def write_truncated(path, fraction):
+    save_checkpoint(path, model={"w": torch.randn(1000)})
+    os.truncate(path, int(fraction * os.path.getsize(path)))
+
+
+BAD_CHECKPOINTS = {
+    "missing": lambda path, bomb: None,
+    "empty": lambda path, bomb: path.write_bytes(b""),
+    "text": lambda path, bomb: path.write_text("hello"),
+    "a folder": lambda path, bomb: path.mkdir(),
+    "a pickle that runs code": lambda path, bomb: path.write_bytes(pickle.dumps(bomb)),
+    "a checkpoint that runs code": lambda path, bomb: torch.save({"model": bomb}, path),
+    "another program's": lambda path, bomb: torch.save({"state_dict": {}}, path),
+    "a tensor": lambda path, bomb: torch.save(torch.ones(3), path),
+    "lists for dictionaries": lambda path, bomb: save_checkpoint(path, model=[], history=[]),
+    "cut to 0.1 %": lambda path, bomb: write_truncated(path, 0.001),
+    "cut to 50 %": lambda path, bomb: write_truncated(path, 0.5),
+    "cut to 99.9 %": lambda path, bomb: write_truncated(path, 0.999),
+}
+
+
+@pytest.mark.parametrize("write", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
+def test_a_file_that_is_no_checkpoint_is_named_and_runs_no_code(tmp_path, write):
+    path = tmp_path / "c.pt"
+    write(path, Bomb(tmp_path / "exploded"))
+    for load in (hw2_q2.load_network, hw2_q3.load_speller):
+        with pytest.raises(UserError, match=r"c\.pt"):
+            load(path, "cpu")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_bit_flipped_in_the_weights_is_found(start, fails):
+    """torch itself would load them."""
+    main, argv, path, _ = start("q3", finished=True)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        entry = max(file.infolist(), key=lambda entry: entry.file_size)
+    content[entry.header_offset + entry.file_size // 2] ^= 1
+    path.write_bytes(content)
+    for words in (argv, ["test", *argv]):
+        assert "wrong checksum" in fails(main, words)
+
+
+def wrong_checkpoints(saved):
+    """(message, wrong content) for a checkpoint of question 3."""
+    model, data = saved["model"], saved["data"]
+    yield "belongs to another run", {"arguments": saved["arguments"] | {"lr": 0.1}}
+    yield "belongs to another run", {"training_version": saved["training_version"] - 1}
+    yield "belongs to another run", {"data": data | {"fingerprint": "0" * 12}}
+    yield "does not fit the network", {"model": {}}
+    yield "does not fit the network", {"model": model | {"decoder.output.bias": torch.zeros(3)}}
+    yield "does not fit the network", {"model": dict.fromkeys(model, "weights")}
+    state, [group] = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
+    short = state | {1: state[1] | {"exp_avg": torch.zeros(3)}}
+    yield "does not fit the network", {"optimizer": {}}
+    yield "does not fit the network", {"optimizer": {"state": {}, "param_groups": []}}
+    yield "does not fit the network", {"optimizer": {"state": state, "param_groups": "all"}}
+    yield "does not fit the network", {"optimizer": {"state": short, "param_groups": [group]}}
+    yield "not a checkpoint of this project", {"seconds": 4}
+    yield "not a checkpoint of this project", {"history": [0.5]}
+    yield "not a checkpoint of this project", {"training_version": "2"}
+
+
+def test_a_checkpoint_that_does_not_fit_its_run_is_named_and_kept(start, fails):
+    main, argv, path, record = start("q3", finished=True)
+    saved, scores = utils.load_checkpoint(path), utils.load_record(record)
+    for message, change in wrong_checkpoints(saved):
+        torch.save(saved | change, path)
+        before = path.read_bytes()
+        assert f"{path}: {message}" in fails(main, argv), change
+        assert path.read_bytes() == before
+    main([*argv, "--restart"])
+    restarted = utils.load_record(record), utils.load_checkpoint(path)
+    assert_equal_runs(restarted, (scores, saved), ("model", "best"))
+
+
+def test_checkpoints_of_the_other_question_are_refused(start, fails):
+    q2, q3 = (start(question, finished=True)[2] for question in SCRIPTS)
+    line = fails(hw2_q2.main, ["-predict", "x.jpg", "-checkpoint", q3])
+    assert f"{q3}: not a network of question 2" in line
+    line = fails(hw2_q3.main, ["spell", "k æ t", "--checkpoint_name", q2])
+    assert f"{q2}: not a model of question 3" in line
+
+
+BAD_RECORDS = "", "{", "[1]", "null", '{"a": 1}', "[" * 10**5, '{"command": 1}', "\udcff"
+
+
+@pytest.mark.parametrize("content", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / "r.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"r\.json: not a .*run record.*; delete it"):
+        utils.load_record(tmp_path / "r.json")
+
+
+@both_questions
+def test_a_damaged_record_costs_no_training(start, question, fails, capsys):
+    main, argv, _, record = start(question, finished=True)
+    before = utils.load_record(record)
+    record.write_text(record.read_text()[:100])
+    assert f"{record}: not a readable run record" in fails(main, argv)
+    record.unlink()
+    main(argv)
+    assert "Epoch " not in capsys.readouterr().out
+    assert utils.load_record(record)["final"] == before["final"]
+
+
+# ----------------------------------------------------------------------------------------------
+# data files
+
+
+def test_an_npz_file_that_unpacks_to_too_much_is_not_read(tmp_path, landscapes_path):
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(landscapes_path) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+        new.filelist[0].file_size = 5 * 2**30  # written to the directory at the end
+    with pytest.raises(UserError, match=r"x\.npz: refused, it unpacks to 5\.0 GiB"):
+        utils.load_landscapes(path)
+
+
+def test_an_array_that_claims_to_be_huge(tmp_path, arrays, fails):
+    path, header = tmp_path / "x.npz", io.BytesIO()
+    description = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 48, 48, 3)}
+    np.lib.format.write_array_header_1_0(header, description)
+    np.savez(path, **{k: v for k, v in arrays.items() if k != "train_images"})
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("train_images.npy", header.getvalue())
+    assert re.search("not a readable|out of memory", fails(hw2_q2.main, ["-data_path", path]))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_images_of_100_million_pixels_in_a_few_kilobytes(tmp_path, side):
+    Image.new("1", (side, side)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="decompression bomb"):
+        utils.read_image(tmp_path / "x.png")
+
+
+def test_symbols_that_look_like_mathematics(start, tmp_path):
+    """matplotlib would parse what is between two dollar signs, and fail."""
+    main, argv = start("q3")
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.tsv").write_text("k $\\bad$ t\tc$\\a$t\n", encoding="utf-8")
+    main([*argv, "--data_dir", str(tmp_path)])
+    assert list(tmp_path.glob("out/figures/q3-*/attention.png"))
+
+
+MISSING = [
+    (hw2_q2.main, "-data_path no/such/file.npz"),
+    (hw2_q2.main, "-predict x.jpg -checkpoint no/such/network.pt"),
+    (hw2_q2.main, "-predict x.jpg -output_dir no/such"),
+    (hw2_q3.main, "--data_dir no/such"),
+    (hw2_q3.main, "test --data_dir no/such"),
+    (hw2_q3.main, "spell x --output_dir no/such"),
+    (hw2_q3.main, "spell x --checkpoint_name no/such/model.pt"),
+    (prepare_landscapes.main, "--archive no/such/archive.zip"),
+    (prepare_landscapes.main, "--folder no/such"),
+    (prepare_pronunciations.main, "--tsv no/such/words.tsv"),
+]
+
+
+@pytest.mark.parametrize(("main", "line"), MISSING)
+def test_what_is_not_there_is_named_and_not_made(main, line, fails, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert f"error: {Path('no/such')}" in fails(main, line.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------
+# command lines
+
+WRONG_VALUES = "-1", "nan", "inf", "1e400", "9" * 30, "0x10", "many", "1 2", " "
+OPTIONS = [  # those that take a number or a name
+    (script.main, action.option_strings[0])
+    for script in SCRIPTS.values()
+    for action in script.make_parser()._actions
+    if action.option_strings and (action.choices or action.type not in (None, Path))
+]
+OPTIONS += [(prepare_pronunciations.main, name) for name in ("--train", "--valid", "--test")]
+OPTIONS += [(main, "--seed") for main in (prepare_landscapes.main, prepare_pronunciations.main)]
+
+
+@pytest.mark.parametrize(("main", "name"), OPTIONS)
+def test_a_wrong_value_is_refused_by_name_with_the_right_ones(main, name, fails):
+    for value in WRONG_VALUES:
+        line = fails(main, [name, value])
+        assert f"argument {name}: " in line
+        assert re.search(r"is not (an integer|a number) in [\[(].+, .+[\])]|choose from", line)
+
+
+@pytest.mark.parametrize("line", ["-leaning_rate 0.1", "-epochs", "--use_att", "--beam_siz 5"])
+def test_unknown_and_incomplete_options_are_named(line, fails):
+    message = fails((hw2_q3 if line.startswith("--") else hw2_q2).main, line.split())
+    assert line.split()[0] in message
+    assert "-h lists the options" in message
+
+
+# ----------------------------------------------------------------------------------------------
+# fuzzing: every input is read, or refused by UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def damaged(content):
+    """`content` with some bytes replaced, some cut out of it, or other bytes altogether."""
+    positions = st.integers(0, len(content) - 1)
+    edits = st.lists(st.tuples(positions, st.integers(0, 255)), min_size=1, max_size=8)
+
+    def replace(edits):
+        result = bytearray(content)
+        for position, byte in edits:
+            result[position] = byte
+        return bytes(result)
+
+    cuts = st.tuples(positions, positions).map(lambda c: content[: min(c)] + content[max(c) :])
+    return edits.map(replace) | cuts | st.binary(max_size=200)
+
+
+def read_or_refused(read, *arguments):
+    """read(...), or None if it raises UserError, whose message is one line."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return read(*arguments)
+    except UserError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+        return None
+
+
+def in_memory(write, *arguments, **options):
+    """The bytes that write(file, ...) writes."""
+    file = io.BytesIO()
+    write(file, *arguments, **options)
+    return file.getvalue()
+
+
+ARRAYS = {f"{split}_images": np.zeros((2, 48, 48, 3), np.uint8) for split in utils.SPLITS}
+ARRAYS |= {f"{split}_labels": np.array([0, 5]) for split in utils.SPLITS}
+PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+FORMATS = "PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"
+IMAGES = {name: in_memory(Image.fromarray(PIXELS).save, name) for name in FORMATS}
+RECORD = {"command": "python hw2_q2.py", "arguments": {}, "data": {}, "history": {}, "measured": {}}
+
+
+def make_archive(file):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for folder, name in itertools.product(("seg_train", "seg_test"), utils.CLASSES):
+            archive.writestr(f"{folder}/{folder}/{name}/1.png", IMAGES["PNG"])
+
+
+def make_checkpoint():
+    """The content of a small speller's checkpoint."""
+    words = "--use_attn", "--hidden_size", "2", "--dropout", "0.1"
+    vocabularies = [hw2_q3.Vocabulary([*hw2_q3.SPECIAL, *symbols]) for symbols in ("kæt", "cat")]
+    model = hw2_q3.build_model(hw2_q3.parse_args(words), *vocabularies)
+    symbols = dict(zip(("source", "target"), (v.symbols for v in vocabularies)))
+    data = {"name": "sample", "fingerprint": "0" * 12}
+    return {
+        **{"command": " ".join(("python hw2_q3.py", *words)), "arguments": {}, "data": data},
+        **{"training_version": 2, "history": {"val_cer": [0.5]}, "seconds": [1.0]},
+        **{"model": model.state_dict(), "best": model.state_dict(), "symbols": symbols},
+        "optimizer": torch.optim.Adam(model.parameters()).state_dict(),
+    }
+
+
+CHECKPOINT = make_checkpoint()
+
+
+def assert_landscapes(data):
+    for images, labels in data.splits.values():
+        assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+        assert images.shape[1:] == (3, 48, 48)
+        assert len(labels) == len(images) > 0
+
+
+def assert_image(image):
+    assert (image.shape, image.dtype) == ((3, 48, 48), torch.uint8)
+
+
+def assert_record(record):
+    assert all(type(record[name]) is type(value) for name, value in RECORD.items())
+
+
+def read_archive(path):
+    output = path.with_name("archive.npz")
+    output.unlink(missing_ok=True)
+    prepare_landscapes.main(["--archive", str(path), "--output", str(output)])
+    return utils.load_landscapes(output)
+
+
+def read_checkpoint(path):
+    """Read a checkpoint in every way the scripts do."""
+    saved = read_or_refused(utils.load_checkpoint, path)
+    read_or_refused(hw2_q2.load_network, path, "cpu")
+    if saved:
+        identity = {k: saved[k] for k in ("arguments", "data", "training_version")}
+        run, model = make_run(path.parent, **identity, checkpoint_file=path), torch.nn.Linear(2, 2)
+        read_or_refused(utils.resume, run, model, torch.optim.Adam(model.parameters()))
+    return hw2_q3.load_speller(path, "cpu")
+
+
+def assert_speller(loaded):
+    loaded[0].greedy(loaded[0].encode([(("k", "æ"), "")]), 3)
+
+
+FILES = {  # name: (content, how it is read, what then is true)
+    "arrays": (in_memory(np.savez, **ARRAYS), utils.load_landscapes, assert_landscapes),
+    "archive": (in_memory(make_archive), read_archive, assert_landscapes),
+    "record": (json.dumps(RECORD).encode(), utils.load_record, assert_record),
+    "checkpoint": (
+        in_memory(lambda file: torch.save(CHECKPOINT, file)), read_checkpoint, assert_speller
+    ),
+    **{name: (content, utils.read_image, assert_image) for name, content in IMAGES.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_files_that_are_fuzzed_are_good_ones(folder, name):
+    content, read, check = FILES[name]
+    (folder / name).write_bytes(content)
+    check(read(folder / name))
+
+
+@pytest.mark.parametrize("name", FILES)
+@given(data=st.data())
+def test_fuzzed_files(folder, name, data):
+    content, read, check = FILES[name]
+    (folder / name).write_bytes(data.draw(damaged(content)))
+    if (result := read_or_refused(read, folder / name)) is not None:
+        check(result)
+
+
+VALUES = st.sampled_from([0, 1, 255, -1, 6, float("nan"), float("inf")])
+TYPES = st.sampled_from(["u1", "i8", "f2", "f4", "f8", "b1", "c8", "U3", "S2", "M8[s]"])
+SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 48, 6912]), max_size=4)
+SHAPES = SIZES.filter(lambda shape: np.prod(shape, dtype=float) < 10**5)
+
+
+@given(key=st.sampled_from(list(ARRAYS)), shape=SHAPES, dtype=TYPES, value=VALUES)
+def test_fuzzed_shapes_and_types_of_arrays(folder, key, shape, dtype, value):
+    arrays = dict(ARRAYS)
+    with contextlib.suppress(ValueError, OverflowError, TypeError), np.errstate(all="ignore"):
+        arrays[key] = np.full(shape, value).astype(dtype)
+    np.savez(folder / "x.npz", **arrays)
+    if data := read_or_refused(utils.load_landscapes, folder / "x.npz"):
+        assert_landscapes(data)
+
+
+SEPARATORS = st.sampled_from(["\t", "\t\t", " ", ""])
+LINE = st.tuples(st.text(max_size=12), SEPARATORS, st.text(max_size=12)).map("".join)
+LINES = st.lists(LINE | st.just("k æ t\tcat"), max_size=5).map("\n".join)
+LISTS = LINES.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=100)
+
+
+@given(content=LISTS)
+def test_fuzzed_words(folder, content):
+    for name in ("train.tsv", "valid.tsv", "test.tsv"):
+        (folder / name).write_bytes(content)
+    if data := read_or_refused(utils.load_pronunciations, folder):
+        for phonemes, word in data.splits["train"]:
+            assert phonemes
+            assert all(phonemes)
+            assert word == word.strip() != ""
+        "\n".join(hw2_q3.audit(data)).encode()
+
+
+@given(content=LISTS)
+def test_fuzzed_lists_of_wikipron(folder, content):
+    (folder / "wiki.tsv").write_bytes(content)
+    shutil.rmtree(folder / "split", ignore_errors=True)
+    argv = f"--tsv {folder / 'wiki.tsv'} --output_dir {folder / 'split'} --valid 1 --test 1"
+    read_or_refused(prepare_pronunciations.main, [*argv.split(), "--train", "all"])
+    if (folder / "split").exists():
+        splits = utils.load_pronunciations(folder / "split").splits.values()
+        words = [{word for _, word in pairs} for pairs in splits]
+        assert all(words)
+        assert sum(map(len, words)) == len(set.union(*words))
+
+
+@given(data=st.data())
+def test_fuzzed_pickles_in_intact_checkpoints(folder, data):
+    torch.save(CHECKPOINT, folder / "old.pt")
+    with zipfile.ZipFile(folder / "old.pt") as old, zipfile.ZipFile(folder / "p.pt", "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            is_pickle = entry.filename.endswith("data.pkl")
+            new.writestr(entry, data.draw(damaged(content)) if is_pickle else content)
+    read_or_refused(read_checkpoint, folder / "p.pt")
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(
+    LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x)
+)
+
+
+@given(name=st.sampled_from(list(CHECKPOINT)), value=JSON)
+def test_fuzzed_parts_of_checkpoints(folder, name, value):
+    torch.save(CHECKPOINT | {name: value}, folder / "v.pt")
+    read_or_refused(read_checkpoint, folder / "v.pt")
+
+
+PARSERS = {"q2": hw2_q2.parse_args, "q3": hw2_q3.parse_args}
+PARSERS["landscapes"] = prepare_landscapes.parse_args
+PARSERS["pronunciations"] = prepare_pronunciations.parse_args
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
+WORDS = [name for s in SCRIPTS.values() for name in s.make_parser()._option_string_actions]
+WORDS += ["--archive", "--tsv", "--language", "--train", "--valid", "--keep", "-learning_rat"]
+WORDS += ["best", "resnet", "flip", "mirror", "one_cycle", "g2p", "train", "test", "spell", "all"]
+WORDS += ["48", "0.5", "-1", "nan", "1e999", "9" * 400, "", "-", "--", "=", "\u202e", "1 2", "-\n"]
+
+
+@pytest.mark.parametrize("name", PARSERS)
+@example(words=["-recipe", "best", "-seed", "1", "2", "-augment"])
+@example(words=["-model", "resnet", "-recipe", "best", "-momentum", "0"])
+@example(words=["--recipe", "best", "--ensemble", "--seed", "1", "2"])
+@example(words=["--direction", "g2p", "--use_attn", "--input_feeding", "--clip", "2"])
+@given(words=st.lists(st.sampled_from(WORDS) | TEXT | st.integers().map(str), max_size=6))
+def test_fuzzed_command_lines(name, words):
+    try:
+        args = read_or_refused(PARSERS[name], words)
+    except SystemExit as stop:  # after the help text
+        assert stop.code == 0
+    else:
+        if args and name in SCRIPTS:
+            assert_commands_repeat_their_runs(SCRIPTS[name], args)
+
+
+def assert_commands_repeat_their_runs(script, args):
+    data = SimpleNamespace(name="photographs", fingerprint="0" * 12)
+    if script is hw2_q2:
+        configs = utils.expand(args, "learning_rate", "seed")
+    else:
+        configs = [*hw2_q3.members(args), *[args] * args.ensemble]
+    for config in configs:
+        run = script.make_run(config, data)
+        again = script.make_run(script.parse_args(run.command.split()[2:]), data)
+        assert (again.name, again.command) == (run.name, run.command)
