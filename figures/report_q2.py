@@ -26,8 +26,8 @@ from figures.common import Experiment, Record, Records, markdown_table, mean_sd,
 # experiments
 
 DATA_NAME = "photographs"
-SHORT = "-learning_rate 0.01 -epochs 10 -schedule one_cycle"
-CONSTANT_10 = "-learning_rate 0.01 -epochs 10 -precision bfloat16"
+SHORT = "-learning_rate 0.01 -epochs 10"
+SHORT_BFLOAT16 = f"{SHORT} -precision bfloat16"
 RECIPE_BEST = "-recipe best -precision bfloat16"
 RECIPE_BEST_20 = f"{RECIPE_BEST} -epochs 20"
 PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
@@ -78,21 +78,26 @@ EXPERIMENTS = (
     Experiment("pooling without batch norm", "-no_batch_norm -head gap", 2, "all"),
     Experiment("plain, dropout 0.3", "-no_batch_norm -dropout 0.3", 2, "all"),
     Experiment("plain, weight decay 0.0005", "-no_batch_norm -l2_decay 0.0005", 2, "all"),
-    Experiment("kernels 3x3, max pooling", SHORT, 5, "all"),
-    Experiment("kernels 5x5", f"{SHORT} -kernel_size 5", 5, "all"),
-    Experiment("kernels 7x7", f"{SHORT} -kernel_size 7", 5, "all"),
-    Experiment("two 3x3 per block", f"{SHORT} -convs 2", 5, "all"),
-    Experiment("one 48x48", f"{SHORT} -kernel_size 48", 5, "all"),
-    Experiment("average pooling", f"{SHORT} -pool avg", 5, "all"),
-    Experiment("strided convolutions", f"{SHORT} -pool stride", 5, "all"),
-    Experiment("no pooling", f"{SHORT} -pool none", 5, "all"),
+    Experiment("kernels 3x3, max pooling", SHORT, 2, "all"),
+    Experiment("kernels 5x5", f"{SHORT} -kernel_size 5", 2, "all"),
+    Experiment("kernels 7x7", f"{SHORT} -kernel_size 7", 2, "all"),
+    Experiment("two 3x3 per block", f"{SHORT} -convs 2", 2, "all"),
+    Experiment("one 48x48", f"{SHORT} -kernel_size 48", 2, "all"),
+    Experiment("average pooling", f"{SHORT} -pool avg", 2, "all"),
+    Experiment("strided convolutions", f"{SHORT} -pool stride", 2, "all"),
+    Experiment("no pooling", f"{SHORT} -pool none", 2, "all"),
     *(
-        Experiment(f"{name}, {pixels}", f"{SHORT} -no_batch_norm {more} -pixels {pixels}", 3, "all")
+        Experiment(
+            f"{name}, {pixels}",
+            f"{SHORT} -schedule one_cycle -no_batch_norm {more} -pixels {pixels}",
+            3,
+            "all",
+        )
         for name, more in LOCALITY.items()
         for pixels in script.PIXELS
     ),
-    Experiment(ORIGINAL_10, CONSTANT_10, 3, "beyond"),
-    *(Experiment(name, f"{CONSTANT_10} {more}", 3, "beyond") for name, more in ADDED.items()),
+    Experiment(ORIGINAL_10, SHORT_BFLOAT16, 3, "beyond"),
+    *(Experiment(name, f"{SHORT_BFLOAT16} {more}", 3, "beyond") for name, more in ADDED.items()),
     Experiment(BEST, RECIPE_BEST, 5, "beyond"),
     Experiment(NOT_ERASED, f"{RECIPE_BEST} -augment flip crop", 5, "beyond"),
     Experiment(RESNET_20, f"{RECIPE_BEST_20} -augment flip crop -model resnet", 3, "beyond"),
