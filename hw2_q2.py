@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +30,27 @@ from tqdm import tqdm
 
 import utils
 from data import sample
-from utils import CLASSES, SIZE, UserError
+from utils import CLASSES, SIZE, OneOrMore, UserError, number, probability
 
 # ----------------------------------------------------------------------------------------------
 # model
 
 
 class ConvBlock(nn.Module):
-    """Convolution -> [batch norm] -> ReLU -> pooling -> dropout.
+    """Convolution -> [batch norm] -> ReLU -> pooling -> dropout (Ioffe and Szegedy 2015).
 
     (B, C_in, H, W) -> (B, C_out, H', W') with H' = H / 2, or H if `pool` is 'none'. An even kernel
-    is not padded, so a kernel of H pixels gives H' = 1. Batch norm: Ioffe and Szegedy 2015, section
-    3.2 (before the nonlinearity).
+    is not padded, so a kernel of H pixels gives H' = 1.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, batch_norm: bool, pool: str,
-        dropout: float,
-    ):  # fmt: skip
+        self, c_in: int, c_out: int, kernel_size: int, batch_norm: bool, pool: str, dropout: float
+    ):
         super().__init__()
         stride = 2 if pool == "stride" else 1
         padding = kernel_size // 2 if kernel_size % 2 else 0
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding)
-        self.norm = nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity()
+        self.conv = nn.Conv2d(c_in, c_out, kernel_size, stride, padding)
+        self.norm = nn.BatchNorm2d(c_out) if batch_norm else nn.Identity()
         self.pool = {"max": nn.MaxPool2d(2), "avg": nn.AvgPool2d(2)}.get(pool, nn.Identity())
         self.dropout = utils.FastDropout(dropout)
 
@@ -64,8 +62,7 @@ class ConvBlock(nn.Module):
 
 
 class ResidualBlock(ConvBlock):
-    """A block without pooling, added to its input, (B, C, H, W) -> (B, C, H, W) (He et al. 2016,
-    "Deep residual learning", section 3.1)."""
+    """x + block(x), (B, C, H, W) -> (B, C, H, W), without pooling (He et al. 2016, section 3.1)."""
 
     def __init__(self, channels: int, dropout: float):
         super().__init__(channels, channels, 3, True, "none", dropout)
@@ -75,8 +72,8 @@ class ResidualBlock(ConvBlock):
 
 
 class Classifier(nn.Module):
-    """Images, float (B, 3, 48, 48) in 0..1, -> log-probabilities (B, 6), by the layers `convs` and
-    the method `logits` of a subclass. precision: 'bfloat16' for the convolutions, or 'float32'."""
+    """Images, float (B, 3, 48, 48) in 0..1, -> log-probabilities (B, 6), by a subclass's layers
+    `convs`, computed in `precision` ('float32' or 'bfloat16'), and its method `logits`."""
 
     def __init__(self, precision: str):
         super().__init__()
@@ -90,12 +87,10 @@ class Classifier(nn.Module):
 
 
 class CNN(Classifier):
-    """Three convolution blocks and three linear layers, the original's network.
+    """Three blocks of `convs` convolutions and three linear layers; the original has convs = 1.
 
     head: 'flatten' gives fc1 the whole last feature map, 'gap' its mean over positions (Lin et al.
-    2013, section 3.2). convs: convolutions per block, the last of which is pooled (Simonyan and
-    Zisserman 2015, section 2.3). A kernel of the image's size makes it one block with the last
-    block's channels.
+    2013, section 3.2). A kernel of the image's size makes a single block, with 128 channels.
     """
 
     def __init__(
@@ -107,10 +102,10 @@ class CNN(Classifier):
         channels = (3, 128) if whole_image else (3, 32, 64, 128)
         blocks = []
         for c_in, c_out in zip(channels, channels[1:]):
-            for i in range(convs):
-                last = (pool, dropout) if i == convs - 1 else ("none", 0.0)
-                shape = c_in if i == 0 else c_out, c_out, kernel_size
-                blocks.append(ConvBlock(*shape, batch_norm, *last))
+            for _ in range(convs - 1):
+                blocks.append(ConvBlock(c_in, c_out, kernel_size, batch_norm, "none", 0.0))
+                c_in = c_out
+            blocks.append(ConvBlock(c_in, c_out, kernel_size, batch_norm, pool, dropout))
         side = 1 if whole_image or head == "gap" else SIZE if pool == "none" else SIZE // 8
         self.convs = nn.Sequential(*blocks)
         self.gap = nn.AdaptiveAvgPool2d(1) if head == "gap" else nn.Identity()
@@ -129,8 +124,8 @@ class CNN(Classifier):
 
 
 class ResNet(Classifier):
-    """Four blocks that halve the feature map, each followed by residual blocks, and one linear
-    layer. Most layers are where maps are small, so a step takes only twice as long as the CNN's."""
+    """Four pooled blocks, each followed by residual blocks, and a linear layer. Most layers work on
+    small feature maps, so a step takes only twice as long as the CNN's."""
 
     def __init__(self, dropout: float = 0.1, precision: str = "float32"):
         super().__init__(precision)
@@ -147,9 +142,9 @@ class ResNet(Classifier):
 
 
 class FusedSGDLinear(nn.Linear):
-    """nn.Linear that takes its weight's SGD step within the backward pass if `lr` is set.
+    """nn.Linear that updates its weight by SGD within the backward pass if `lr` is set.
 
-    Then the gradient, 19 MB for the plain network's fc1, is never stored, which at batch size 8
+    The gradient, 19 MB for the plain network's fc1, is then never stored, which at batch size 8
     saves a quarter of a training step. The optimizer sees no gradient and skips the weight.
     """
 
@@ -183,10 +178,8 @@ def build_model(args: Namespace) -> Classifier:
     if args.model == "resnet":
         model = ResNet(args.dropout, args.precision)
     else:
-        model = CNN(
-            args.batch_norm, args.head, args.pool, args.kernel_size, args.dropout, args.convs,
-            args.precision,
-        )  # fmt: skip
+        shape = args.batch_norm, args.head, args.pool, args.kernel_size, args.dropout, args.convs
+        model = CNN(*shape, args.precision)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -195,35 +188,33 @@ def parameter_table(model: Classifier) -> list[tuple[str, tuple, str, int]]:
     rows = []
 
     def add_row(name, layer, inputs, output):
-        if isinstance(layer, nn.Conv2d):
-            c_out, c_in, height, width = layer.weight.shape
-            formula = f"{c_in} x {c_out} x {height} x {width} + {c_out}"
-        elif isinstance(layer, nn.Linear):
-            formula = f"{layer.in_features} x {layer.out_features} + {layer.out_features}"
-        else:
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             formula = f"2 x {layer.num_features}"
+        else:
+            sizes = layer.weight.transpose(0, 1).shape  # (inputs, outputs) or (C_in, C_out, k, k)
+            formula = f"{' x '.join(map(str, sizes))} + {len(layer.bias)}"
         rows.append((name, tuple(output.shape[1:]), formula, utils.count_parameters(layer)))
 
     hooks = [
         layer.register_forward_hook(functools.partial(add_row, name))
         for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d))
+        if list(layer.parameters(recurse=False))
     ]
-    with torch.no_grad():
-        model.eval()(torch.zeros(1, 3, SIZE, SIZE))
+    model.eval()(torch.zeros(1, 3, SIZE, SIZE))
     for hook in hooks:
         hook.remove()
     return rows
 
 
+NETWORKS = {  # the two that the original compares
+    "Plain network": {"batch_norm": False, "head": "flatten"},
+    "Batch norm + global average pooling": {"batch_norm": True, "head": "gap"},
+}
+
+
 def print_parameters(args: Namespace) -> None:
     """Print the parameters, layer by layer, of both CNNs or of the residual network."""
-    networks = {
-        "Plain network": {"batch_norm": False, "head": "flatten"},
-        "Network with batch norm and global average pooling": {"batch_norm": True, "head": "gap"},
-    }
-    if args.model == "resnet":
-        networks = {"Residual network": {}}
+    networks = {"Residual network": {}} if args.model == "resnet" else NETWORKS
     for title, shape in networks.items():
         rows = parameter_table(build_model(Namespace(**vars(args) | shape)))
         print(f"{title}\n{'layer':17}{'output shape':16}{'formula':26}{'parameters':>10}")
@@ -237,12 +228,12 @@ def print_parameters(args: Namespace) -> None:
 
 TRAINING_VERSION = 1  # raised when a change alters the results of training
 DATA_PATH = utils.ROOT / "data" / "intel_landscapes.v2.npz"
-AUGMENTATIONS = {  # name: (class in torchvision.transforms.v2, its arguments)
-    "flip": ("RandomHorizontalFlip", {}),
-    "crop": ("RandomCrop", {"size": SIZE, "padding": 4, "padding_mode": "reflect"}),
-    "erase": ("RandomErasing", {"p": 0.5, "scale": (0.05, 0.2)}),
-}
+AUGMENTATIONS = ("flip", "crop", "erase")
 TTA = ("mirror", "shift")  # test-time augmentations
+EPOCH_LINE = (
+    "Epoch {:2}/{}  Training loss: {train_loss:.4f}  Training acc: {train_accuracy:.4f}  "
+    "Valid acc: {val_accuracy:.4f}  ({:.1f} s)"
+)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -251,8 +242,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def scramble_pixels(images: Tensor) -> Tensor:
-    """Images (N, 3, 48, 48) as the course's loader passed them on: it flattened channels-last
-    images and reshaped the rows without moving the channel axis."""
+    """The course loader's error: channels-last images reshaped to (N, 3, 48, 48), not permuted."""
     return images.permute(0, 2, 3, 1).reshape(images.shape)
 
 
@@ -262,33 +252,33 @@ def shuffle_pixels(images: Tensor) -> Tensor:
     return images.flatten(2)[:, :, order].reshape(images.shape)
 
 
-PIXELS = {
-    "ordered": lambda images: images,
-    "scrambled": scramble_pixels,
-    "shuffled": shuffle_pixels,
-}
+PIXELS = {"ordered": lambda x: x, "scrambled": scramble_pixels, "shuffled": shuffle_pixels}
 
 
 def shift_images(images: Tensor, dimension: int, distance: int) -> Tensor:
-    """Images (B, 3, H, W) shifted by some pixels along a dimension, the border repeated."""
+    """Images (B, 3, H, W) shifted by `distance` pixels along a dimension, the border repeated."""
     indices = torch.arange(images.shape[dimension], device=images.device) + distance
     return images.index_select(dimension, indices.clamp(0, images.shape[dimension] - 1))
 
 
 def make_augmentation(names: list[str]) -> Callable[[Tensor], Tensor] | None:
-    """A function that augments each of some images (B, 3, 48, 48) at random; None without names."""
+    """A function that augments each image of (B, 3, 48, 48) at random; None without names."""
     if not names:
         return None
     from torchvision.transforms import v2  # here, for it takes two seconds and 160 MiB
 
-    classes = (AUGMENTATIONS[name] for name in names)
-    transform = v2.Compose([getattr(v2, name)(**arguments) for name, arguments in classes])
+    transforms = {
+        "flip": v2.RandomHorizontalFlip(),
+        "crop": v2.RandomCrop(SIZE, padding=4, padding_mode="reflect"),
+        "erase": v2.RandomErasing(p=0.5, scale=(0.05, 0.2)),
+    }
+    transform = v2.Compose([transforms[name] for name in names])
     return lambda images: torch.stack([transform(image) for image in images])
 
 
 def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
-    """SGD, its momentum Nesterov's (Sutskever et al. 2013, section 2), or Adam. On a CPU, SGD
-    without momentum at a constant rate updates fc1 in the backward pass."""
+    """Adam, or SGD with Nesterov momentum (Sutskever et al. 2013, section 2). On a CPU, SGD without
+    momentum at a constant rate updates fc1 in the backward pass."""
     device = next(model.parameters()).device.type
     settings = {"lr": args.learning_rate, "weight_decay": args.l2_decay}
     settings["fused"] = device in ("cpu", "cuda")
@@ -303,18 +293,16 @@ def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
 
 
 def batch_sizes(count: int, batch_size: int, last_batch: str = "keep") -> list[int]:
-    """The sizes of an epoch's batches of `count` images. A last batch less than half full is merged
-    into the one before if `last_batch` is 'merge', and a single image, on which batch norm cannot
-    train, always."""
+    """The sizes of an epoch's batches. The last is merged into the one before if it is a single
+    image, on which batch norm cannot train, or, with 'merge', if it is less than half full."""
     full, rest = divmod(count, batch_size)
-    is_small = rest == 1 or (last_batch == "merge" and 2 * rest < batch_size)
-    if full and rest and is_small:
+    if full and (rest == 1 or (last_batch == "merge" and 0 < 2 * rest < batch_size)):
         return [batch_size] * (full - 1) + [batch_size + rest]
     return [batch_size] * full + [rest] * (rest > 0)
 
 
 def train(args: Namespace) -> None:
-    """Train one network, resuming if it was interrupted; write a checkpoint per epoch, finally
+    """Train a network, or resume its training; write a checkpoint after each epoch, at the end
     record and figures. Raises UserError."""
     data, device = load_data(args), utils.prepare_device(args.device, args.threads)
     if args.precision == "bfloat16" and device.type == "cpu" and not utils.bfloat16_is_faster():
@@ -324,8 +312,7 @@ def train(args: Namespace) -> None:
         if args.restart:
             run.checkpoint.unlink(missing_ok=True)
         elif record := utils.finished_record(run):
-            print(f"{run.name} is finished; -restart retrains it")
-            print_scores(record)
+            print(f"{run.name} is finished; -restart retrains it", summary(record, "\n"), sep="\n")
             return
         splits = {split: to_device(*part, device, args) for split, part in data.splits.items()}
         utils.seed_everything(args.seed)
@@ -348,12 +335,12 @@ def train(args: Namespace) -> None:
                 for column, value in row.items():
                     history.setdefault(column, []).append(value)
                 seconds.append(time.perf_counter() - started)
-                print_epoch(epoch, args.epochs, row, seconds[-1])
+                print(EPOCH_LINE.format(epoch, args.epochs, seconds[-1], **row), flush=True)
                 utils.save_checkpoint(run, model, optimizer, history, seconds)
         record = utils.new_record(run, model, history, seconds)
         record["final"] = score(model, splits, args.tta)
-        print_scores(record)
-        draw_figures(run.figures, record, args, model, *data.splits["test"], splits["test"][0])
+        print(summary(record, "\n"))
+        draw_figures(run, args, record, model, *data.splits["test"])
         print(utils.store_record(run, record))  # last: a run with final scores is complete
         print(f"Figures: {run.figures}\nCheckpoint: {run.checkpoint}")
 
@@ -363,10 +350,7 @@ def train_one_epoch(
     labels: Tensor, sizes: list[int], epoch: int, args: Namespace,
 ) -> dict[str, float]:  # fmt: skip
     """Train on all images, uint8 (N, 3, 48, 48), in random order, in batches of these `sizes`.
-    Returns the mean loss (nats) and accuracy, dropout included. Raises utils.Diverged.
-
-    Label smoothing: Szegedy et al. 2016, section 7.
-    """
+    Returns the mean loss (nats) and accuracy, dropout included. Raises utils.Diverged."""
     utils.seed_everything(args.seed, epoch)
     model.train()
     augment = make_augmentation(args.augment)
@@ -381,7 +365,7 @@ def train_one_epoch(
         x, y = images[indices], labels[indices]  # (B, 3, 48, 48), (B,)
         log_probs = model(to_float(augment(x) if augment else x))  # (B, 6)
         loss = F.nll_loss(log_probs, y)
-        if args.label_smoothing:
+        if args.label_smoothing:  # Szegedy et al. 2016, section 7
             loss = (1 - args.label_smoothing) * loss - args.label_smoothing * log_probs.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -394,64 +378,48 @@ def train_one_epoch(
     return {"train_loss": loss, "train_accuracy": accuracy}
 
 
-def to_device(
-    images: Tensor, labels: Tensor, device: torch.device, args: Namespace
-) -> tuple[Tensor, Tensor]:
+def to_device(images: Tensor, labels: Tensor, device: Any, args: Namespace) -> tuple[Tensor, ...]:
     """A split as the network sees it: its pixels in the order of -pixels, channels last."""
     images = PIXELS[args.pixels](images)
     return images.to(device, memory_format=torch.channels_last), labels.to(device)
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, images: Tensor, tta: tuple[str, ...] | list[str] = (),
-    batch_size: int = 64,
-) -> Tensor:  # fmt: skip
-    """Log-probabilities (N, 6), on the CPU, of uint8 images (N, 3, 48, 48); with test-time
+def predict(model: nn.Module, images: Tensor, tta: Sequence[str] = ()) -> Tensor:
+    """Log-probabilities (N, 6), on the CPU, of uint8 images (N, 3, 48, 48): with test-time
     augmentation those of the mean probabilities over an image's variants."""
     model.eval()
-    return torch.cat([_predict(model, to_float(x), tta) for x in images.split(batch_size)]).cpu()
+    batches = []
+    for x in map(to_float, images.split(64)):
+        variants = [x]
+        if "mirror" in tta:
+            variants += [x.flip(3)]
+        if "shift" in tta:  # 2 pixels up, down, left and right
+            shifts = [(dimension, distance) for dimension in (2, 3) for distance in (-2, 2)]
+            variants += [shift_images(variant, *shift) for variant in variants for shift in shifts]
+        log_probs = torch.stack([model(variant) for variant in variants])  # (variants, B, 6)
+        batches.append(log_probs.logsumexp(0) - math.log(len(variants)))
+    return torch.cat(batches).cpu()
 
 
-def _predict(model, x, tta):
-    variants = [x]
-    if "mirror" in tta:
-        variants += [image.flip(3) for image in variants]
-    if "shift" in tta:  # 2 pixels up, down, left and right
-        shifts = [(dimension, distance) for dimension in (2, 3) for distance in (-2, 2)]
-        variants += [shift_images(image, *shift) for image in variants for shift in shifts]
-    if len(variants) == 1:
-        return model(x)
-    log_probs = torch.stack([model(variant) for variant in variants])  # (variants, B, 6)
-    return log_probs.logsumexp(0) - math.log(len(variants))
-
-
-def evaluate(
-    model: nn.Module, images: Tensor, labels: Tensor, tta: list[str] | tuple = ()
-) -> dict[str, Any]:
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, tta: Sequence[str] = ()) -> dict:
     """classification_metrics of the predictions on uint8 images (N, 3, 48, 48), labels (N,)."""
     return classification_metrics(predict(model, images, tta), labels.cpu())
 
 
 def classification_metrics(log_probs: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Mean loss (nats), accuracy (0..1) and confusion matrix, rows true, columns predicted, of
-    log-probabilities (N, 6), on the CPU."""
+    """Mean loss (nats), accuracy (0..1) and confusion matrix of log-probabilities (N, 6)."""
+    predicted = log_probs.argmax(1)
+    pairs = torch.bincount(labels * len(CLASSES) + predicted, minlength=len(CLASSES) ** 2)
     return {
         "loss": F.nll_loss(log_probs, labels).item(),
-        "accuracy": (log_probs.argmax(1) == labels).sum().item() / len(labels),
-        "confusion": confusion_matrix(log_probs, labels).tolist(),
+        "accuracy": (predicted == labels).double().mean().item(),
+        "confusion": pairs.view(len(CLASSES), -1).tolist(),  # rows: true, columns: predicted
     }
 
 
-def confusion_matrix(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """How many images of each class (rows) are predicted as each class (columns), (6, 6)."""
-    pairs = labels * len(CLASSES) + log_probs.argmax(1)
-    return torch.bincount(pairs, minlength=len(CLASSES) ** 2).view(len(CLASSES), -1)
-
-
-def score(model: nn.Module, splits: dict[str, tuple], tta: list[str]) -> dict[str, dict]:
-    """Final metrics on validation and test images; with test-time augmentation also the accuracy
-    without it."""
+def score(model: nn.Module, splits: dict[str, tuple], tta: Sequence[str]) -> dict[str, dict]:
+    """Validation and test metrics; with test-time augmentation also the accuracy without it."""
     final = {split: evaluate(model, *splits[split], tta) for split in ("val", "test")}
     if tta:
         for split, metrics in final.items():
@@ -459,41 +427,27 @@ def score(model: nn.Module, splits: dict[str, tuple], tta: list[str]) -> dict[st
     return final
 
 
-def print_epoch(epoch: int, epochs: int, row: dict[str, float], seconds: float) -> None:
-    scores = f"Training loss: {row['train_loss']:.4f}  Training acc: {row['train_accuracy']:.4f}"
-    scores += f"  Valid acc: {row['val_accuracy']:.4f}  ({seconds:.1f} s)"
-    print(f"Epoch {epoch:2}/{epochs}  {scores}", flush=True)
-
-
-def print_scores(record: dict[str, Any]) -> None:
-    mark = " (built-in sample)" if record["data"]["name"] == "sample" else ""
-    print(f"Valid acc: {record['final']['val']['accuracy']:.4f}{mark}")
-    print(f"Final Test acc: {record['final']['test']['accuracy']:.4f}{mark}")
-
-
-def summary(record: dict[str, Any]) -> str:
-    """A record's result in one line."""
+def summary(record: dict[str, Any], separator: str = "  ") -> str:
+    """A record's result: the accuracies, or where it diverged."""
     if "final" not in record:
         return f"diverged in epoch {record['diverged_in_epoch']}"
-    valid, test = (record["final"][split]["accuracy"] for split in ("val", "test"))
-    return f"Valid acc: {valid:.4f}  Final Test acc: {test:.4f}"
+    mark = " (built-in sample)" if record["data"]["name"] == "sample" else ""
+    valid, test = (f"{record['final'][split]['accuracy']:.4f}{mark}" for split in ("val", "test"))
+    return f"Valid acc: {valid}{separator}Final Test acc: {test}"
 
 
 def load_data(args: Namespace) -> utils.Landscapes:
     """The images of -data_path, or of its default file, or else the built-in sample."""
     if args.data_path or DATA_PATH.exists():
         return utils.load_landscapes(args.data_path or DATA_PATH)
-    print(
-        "No photographs found: training on the built-in SAMPLE of drawn landscapes.\n"
-        "  To get the photographs: python -m data.prepare_landscapes --download"
-    )
+    print("No photographs found: training on the built-in SAMPLE of drawn landscapes.")
+    print("  To get the photographs: python -m data.prepare_landscapes --download")
     return sample.draw_landscapes()
 
 
 def overrides(args: Namespace, without: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments, but for those called `without`, that differ from the defaults, of which two
-    depend on batch norm."""
-    defaults = parse_args([] if args.batch_norm else ["-no_batch_norm"])
+    """The arguments, but for those called `without`, that differ from the defaults."""
+    defaults = parse_args([] if args.batch_norm else ["-no_batch_norm"])  # -head depends on it
     arguments = {} if args.batch_norm else {"batch_norm": False}
     return arguments | utils.overrides(args, defaults, without)
 
@@ -501,8 +455,8 @@ def overrides(args: Namespace, without: tuple[str, ...]) -> dict[str, Any]:
 def make_run(args: Namespace, data: utils.Landscapes) -> utils.Run:
     """The run of these arguments on these data."""
     arguments = overrides(args, RUNTIME_OPTIONS)
-    network = f"{'bn' if args.batch_norm else 'plain'}-{args.head}"
-    network = "resnet" if args.model == "resnet" else network
+    cnn = f"{'bn' if args.batch_norm else 'plain'}-{args.head}"
+    network = "resnet" if args.model == "resnet" else cnn
     pixels = "" if args.pixels == "ordered" else f"-{args.pixels}"
     title = f"q2-{network}-lr{args.learning_rate:g}{pixels}-seed{args.seed}-{data.name}"
     command = " ".join(["python hw2_q2.py", *utils.to_argv(DASH, arguments)])
@@ -515,48 +469,35 @@ def make_run(args: Namespace, data: utils.Landscapes) -> utils.Run:
 
 
 def draw_figures(
-    folder: Path, record: dict[str, Any], args: Namespace, model: nn.Module,
-    images: Tensor, labels: Tensor, inputs: Tensor,
-) -> None:  # fmt: skip
-    """Draw a run's figures into `folder`. images: test images as they are; inputs: as the network
-    sees them, uint8."""
-    title, history = run_title(args, record["data"]["name"]), record["history"]
+    run: utils.Run, args: Namespace, record: dict, model: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    """Draw the curves of a run, its confusion matrix and four test images of each class."""
+    history, folder = record["history"], run.figures
     loss, accuracy = history["train_loss"], history["val_accuracy"]
-    utils.plot_curve(folder / "training-loss.png", title, "Training loss (nats)", loss)
-    utils.plot_curve(folder / "validation-accuracy.png", title, "Validation accuracy", accuracy)
-    draw_confusion(folder / "confusion-matrix.png", title, record["final"]["test"]["confusion"])
+    utils.plot_curve(folder / "training-loss.png", run.title, "Training loss (nats)", loss)
+    utils.plot_curve(folder / "validation-accuracy.png", run.title, "Validation accuracy", accuracy)
+    draw_confusion(folder / "confusion-matrix.png", run.title, record["final"]["test"]["confusion"])
     shown = [i for c in range(len(CLASSES)) for i in (labels == c).nonzero()[:4, 0].tolist()]
-    predicted = predict(model, inputs[shown], args.tta).argmax(1)
-    draw_images(folder / "test-images.png", title, images[shown], labels[shown], predicted)
-
-
-def run_title(args: Namespace, data_name: str) -> str:
-    """The title of a run's figures."""
-    norm = "batch norm" if args.batch_norm else "no batch norm"
-    head = {"gap": "global average pooling", "flatten": "flattened head"}[args.head]
-    network = "residual network" if args.model == "resnet" else f"{norm}, {head}"
-    pixels = "" if args.pixels == "ordered" else f", {args.pixels} pixels"
-    note = "\n(built-in sample, not photographs)" if data_name == "sample" else ""
-    return f"{network}, lr = {args.learning_rate:g}{pixels}{note}"
+    images, labels = images[shown], labels[shown]
+    inputs, _ = to_device(images, labels, next(model.parameters()).device, args)
+    predicted = predict(model, inputs, args.tta).argmax(1)
+    draw_images(folder / "test-images.png", run.title, images, labels, predicted)
 
 
 def draw_confusion(path: Path, title: str, confusion: list[list[int]]) -> None:
     """Draw a confusion matrix (6, 6): counts in the cells, each class's recall beside it."""
-    confusion = torch.tensor(confusion)
-    recall = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    fig, axes = utils.new_figure(5.0, 3.9)
+    fig, axes = utils.new_figure(4.6, 3.9)
     axes.grid(False)
-    image = axes.imshow(recall.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for row in range(len(CLASSES)):
-        for column in range(len(CLASSES)):
-            color = "white" if recall[row, column] > 0.6 else "black"
-            count = confusion[row, column].item()
-            axes.text(column, row, count, ha="center", va="center", color=color)
+    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(confusion):
+        for j, count in enumerate(row):
+            color = "white" if shares[i][j] > 0.6 else "black"
+            axes.text(j, i, count, ha="center", va="center", color=color)
+    names = [f"{name}\nrecall {shares[i][i]:.2f}" for i, name in enumerate(CLASSES)]
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=35, ha="right")
-    names = [f"{name}\nrecall {recall[i, i]:.2f}" for i, name in enumerate(CLASSES)]
     axes.set_yticks(range(len(CLASSES)), names)
     axes.set(title=title, xlabel="Predicted class", ylabel="True class (test images)")
-    fig.colorbar(image, label="Share of the true class", shrink=0.85)
     utils.save_figure(path, fig)
 
 
@@ -568,11 +509,10 @@ def draw_images(path: Path, title: str, images: Tensor, labels: Tensor, predicte
         axes.axis("off")
     for axes, image, true, guess in zip(grid.T.flat, images, labels, predicted):
         axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-        correct = true == guess
-        text = CLASSES[true] if correct else f"{CLASSES[true]}\npredicted {CLASSES[guess]}"
-        axes.set_title(text, fontsize=7, color="black" if correct else utils.VERMILION)
-    legend = "True class of each test image; red: the prediction is another class"
-    fig.suptitle(f"{title}\n{legend}", fontsize=8)
+        color = "black" if true == guess else utils.VERMILION
+        note = "" if true == guess else f"\npredicted {CLASSES[guess]}"
+        axes.set_title(CLASSES[true] + note, fontsize=7, color=color)
+    fig.suptitle(f"{title}\nTest images with their true class; red: misclassified", fontsize=8)
     utils.save_figure(path, fig)
 
 
@@ -580,32 +520,25 @@ def draw_images(path: Path, title: str, images: Tensor, labels: Tensor, predicte
 # prediction
 
 
-def load_network(
-    path: Path, device: torch.device | str = "cpu"
-) -> tuple[Classifier, Namespace, dict[str, Any]]:
-    """The network of a checkpoint, ready to predict, its arguments and the checkpoint's content.
-    Raises UserError."""
+def load_network(path: Path, device: Any = "cpu") -> tuple[Classifier, Namespace, dict]:
+    """A checkpoint's network, ready to predict, its arguments and its content. Raises UserError."""
     saved = utils.load_checkpoint(path, device)
     with utils.checkpoint_errors(f"{path}: not a network of question 2"):
         args = parse_args(saved["command"].split()[2:])
         model = build_model(args).to(device)
         model.load_state_dict(saved["model"])
-        validation_accuracy(saved)
+        rank(saved)
     return model.eval(), args, saved
 
 
-def validation_accuracy(saved: dict[str, Any]) -> float:
-    """A checkpoint's last validation accuracy."""
-    return float(saved["history"]["val_accuracy"][-1])
-
-
 def rank(saved: dict[str, Any]) -> tuple[bool, float]:
-    """The order of checkpoints for -predict: real photographs first, then validation accuracy."""
-    return saved["data"]["name"] != "sample", validation_accuracy(saved)
+    """Sort key of networks for -predict: (trained on photographs, last validation accuracy)."""
+    return saved["data"]["name"] != "sample", float(saved["history"]["val_accuracy"][-1])
 
 
-def find_images(paths: list[Path]) -> list[Path]:
-    """The files among `paths` and, by their suffix, all images in the folders among them."""
+def read_images(paths: list[Path]) -> tuple[list[Path], Tensor]:
+    """The readable image files among `paths` and in the folders among them, and their images
+    (N, 3, 48, 48). Skips unreadable files in folders with a message. Raises UserError."""
     suffixes, files = utils.image_suffixes(), []
     for path in paths:
         if not path.is_dir():
@@ -615,21 +548,15 @@ def find_images(paths: list[Path]) -> list[Path]:
         if not inside:
             raise UserError(f"{path}: no images in this folder")
         files += sorted(inside)
-    return files
-
-
-def read_images(files: list[Path], named: list[Path]) -> tuple[list[Path], Tensor]:
-    """The readable files and their images (N, 3, 48, 48). An unreadable file is skipped with a
-    message, or, if it is among the `named` ones, raises UserError."""
     readable, images = [], []
-    for file in tqdm(files, leave=False, disable=None):
+    for file in files:
         try:
             images.append(utils.read_image(file))
             readable.append(file)
         except UserError as error:
-            if file in named:
+            if file in paths:
                 raise
-            tqdm.write(f"Skipping {error}", file=sys.stderr)
+            print(f"Skipping {error}", file=sys.stderr)
     if not images:
         raise UserError("none of these images can be read")
     return readable, torch.stack(images)
@@ -640,21 +567,17 @@ def predict_files(args: Namespace) -> None:
     path = args.checkpoint or utils.best_checkpoint(args.output_dir / "checkpoints", "q2-", rank)
     device = utils.prepare_device(args.device, args.threads)
     model, trained, saved = load_network(path, device)
-    files, images = read_images(find_images(args.predict), args.predict)
+    files, images = read_images(args.predict)
     images = PIXELS[trained.pixels](images)
     probabilities = predict(model, images.to(device), trained.tta).exp().tolist()
-    note = ", trained on the built-in SAMPLE" if saved["data"]["name"] == "sample" else ""
-    note = f" without test-time augmentation{note}" if trained.tta else note
-    print(f"Network: {path} (validation accuracy {validation_accuracy(saved):.4f}{note})",
-          file=sys.stderr)  # fmt: skip
-    answers = [
-        {
-            "image": str(file),
-            "class": CLASSES[row.index(max(row))],
-            "probabilities": dict(zip(CLASSES, row)),
-        }
-        for file, row in zip(files, probabilities)
-    ]
+    on_photographs, accuracy = rank(saved)
+    note = " without test-time augmentation" if trained.tta else ""
+    note += "" if on_photographs else ", trained on the built-in SAMPLE"
+    print(f"Network: {path} (validation accuracy {accuracy:.4f}{note})", file=sys.stderr)
+    answers = []
+    for file, row in zip(files, probabilities):
+        answer = {"image": str(file), "class": CLASSES[row.index(max(row))]}
+        answers.append(answer | {"probabilities": dict(zip(CLASSES, row))})
     if args.json:
         print(json.dumps(answers, indent=1, ensure_ascii=False))
         return
@@ -677,119 +600,19 @@ RUNTIME_OPTIONS = (  # where and how a run is made: they do not change its resul
 PRESETS = {
     "report": {},
     "best": {
-        "batch_size": 64,
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "schedule": "one_cycle",
-        "epochs": 60,
-        "l2_decay": 5e-4,
-        "dropout": 0.0,
-        "label_smoothing": 0.1,
-        "augment": ["flip", "crop", "erase"],
-        "tta": ["mirror", "shift"],
+        "batch_size": 64, "learning_rate": 0.1, "momentum": 0.9, "schedule": "one_cycle",
+        "epochs": 60, "l2_decay": 5e-4, "dropout": 0.0, "label_smoothing": 0.1,
+        "augment": ["flip", "crop", "erase"], "tta": ["mirror", "shift"],
     },
-}
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The command line. Raises UserError."""
+    """The command line. Raises UserError, also if options contradict each other."""
     args = utils.parse_with_presets(make_parser, PRESETS, argv)
-    validate_args(args)
-    return args
-
-
-# fmt: off
-def make_parser() -> utils.Parser:
-    """The parser of the command line, its defaults those of the original's recipe."""
-    parser = utils.Parser("hw2_q2.py", description=__doc__.rpartition("\n\n")[0])
-    group = parser.add_argument_group
-    add_training_options(group("training").add_argument)
-    add_network_options(group("network"))
-    add_data_options(group("images"))
-    utils.add_runtime_options(parser, DASH, "one per core, or one if several runs are trained")
-    add = group("instead of training").add_argument
-    add("-count_params", action="store_true",
-        help="print the parameters by layer, of both CNNs or, with -model resnet, of that network")
-    add("-predict", nargs="+", type=Path, metavar="PATH",
-        help="classify images, or all images in folders")
-    add("-checkpoint", type=Path, metavar="FILE",
-        help="network for -predict (default: the one with the best validation accuracy)")
-    add("-json", action="store_true", help="print the output of -predict as JSON")
-    return parser
-
-
-def add_training_options(add: Callable) -> None:
-    count, rate = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
-    add("-learning_rate", type=rate, default=0.01, nargs="+", action=utils.OneOrMore,
-        help="learning rate; several: one run each, side by side (default: %(default)s)")
-    add("-epochs", type=count, default=40, help="number of training epochs (default: %(default)s)")
-    add("-batch_size", type=count, default=8, help="batch size (default: %(default)s)")
-    add("-last_batch", choices=("keep", "merge"),
-        help="an epoch's last batch, if less than half full: keep it or merge it into the one "
-        "before; a single image is always merged (default: merge with batch norm, else keep)")
-    add("-l2_decay", type=utils.number(float, 0, 10**3), default=0.0,
-        help="weight decay (default: %(default)s)")
-    add("-optimizer", choices=("sgd", "adam"), default="sgd",
-        help="optimizer (default: %(default)s)")
-    add("-momentum", type=utils.probability, default=0.0,
-        help="Nesterov momentum of sgd (default: %(default)s)")
-    add("-precision", choices=("float32", "bfloat16"), default="float32",
-        help="precision of the convolutions; bfloat16 is faster on processors that have it "
-        "(default: %(default)s)")
-    utils.add_training_options(add, DASH, PRESETS)
-
-
-def add_network_options(group: Any) -> None:
-    add = group.add_argument
-    add("-model", choices=("cnn", "resnet"), default="cnn",
-        help="the original's network or a residual one, of whose shape only -dropout can be set "
-        "(default: %(default)s)")
-    add("-dropout", type=utils.probability, default=0.1,
-        help="dropout probability (default: %(default)s)")
-    add("-no_batch_norm", dest="batch_norm", action="store_false",
-        help="no batch norm, and -head flatten -last_batch keep unless they are given")
-    add("-head", choices=("gap", "flatten"),
-        help="input of the linear layers: the last feature map's global average or all of it "
-        "(default: gap with batch norm, else flatten)")
-    pools = group.add_mutually_exclusive_group().add_argument
-    pools("-pool", choices=("max", "avg", "stride", "none"), default="max",
-          help="how a block halves the feature map: max pooling, average pooling, a convolution "
-          "of stride 2, or not at all (default: %(default)s)")
-    pools("-no_maxpool", dest="pool", action="store_const", const="stride",
-          help="the course's name for -pool stride")
-    sizes = (*range(1, 12, 2), SIZE)
-    add("-kernel_size", type=utils.number(int, 1, SIZE), choices=sizes, default=3,
-        help=f"kernel size; {SIZE}: one convolution over the whole image instead of three blocks "
-        "(default: %(default)s)")
-    add("-convs", type=utils.number(int, 1, 4), default=1,
-        help="convolutions per block (default: %(default)s)")
-
-
-def add_data_options(group: Any) -> None:
-    add = group.add_argument
-    add("-data_path", type=Path, metavar="FILE",
-        help=".npz file (default: data/intel_landscapes.v2.npz, or else a built-in sample)")
-    pixels = group.add_mutually_exclusive_group().add_argument
-    pixels("-pixels", choices=PIXELS, default="ordered",
-        help="order of the pixels: ordered; scrambled, as by the course's loader; shuffled, one "
-        "random order for all images (default: %(default)s)")
-    pixels("-scramble_pixels", dest="pixels", action="store_const", const="scrambled",
-        help="short for -pixels scrambled")
-    add("-augment", nargs="*", default=[], choices=AUGMENTATIONS, metavar="NAME",
-        help=f"random augmentations of training images: {', '.join(AUGMENTATIONS)}")
-    add("-tta", nargs="*", default=[], choices=TTA, metavar="NAME",
-        help="test-time augmentation, the mean probabilities over an image and mirror: its mirror "
-        "image; shift: all of these shifted by 2 pixels up, down, left and right")
-
-# fmt: on
-
-
-def validate_args(args: Namespace) -> None:
-    """Set what depends on other arguments. Raises UserError if arguments contradict each other."""
-    whole_image = args.kernel_size == SIZE
-    if whole_image and (args.convs > 1 or args.pool not in ("max", "none")):
-        raise UserError(f"-kernel_size {SIZE} is a single convolution: drop -pool and -convs")
-    if whole_image:
+    if args.kernel_size == SIZE:
+        if args.convs > 1 or args.pool not in ("max", "none"):
+            raise UserError(f"-kernel_size {SIZE} is a single convolution: drop -pool and -convs")
         args.pool = "none"
     args.head = args.head or ("gap" if args.batch_norm else "flatten")
     args.last_batch = args.last_batch or ("merge" if args.batch_norm else "keep")
@@ -797,7 +620,7 @@ def validate_args(args: Namespace) -> None:
     args.tta = [name for name in TTA if name in args.tta]
     shape = args.batch_norm, args.head, args.pool, args.kernel_size, args.convs
     if args.model == "resnet" and shape != (True, "gap", "max", 3, 1):
-        raise UserError("-model resnet has a fixed shape: of the network only -dropout can be set")
+        raise UserError("-model resnet has a fixed shape: -dropout is its only network option")
     if args.pixels != "ordered" and (args.augment or args.tta):
         raise UserError(f"-pixels {args.pixels} cannot be combined with -augment or -tta")
     if args.momentum and args.optimizer != "sgd":
@@ -808,6 +631,85 @@ def validate_args(args: Namespace) -> None:
         raise UserError("give either -predict or -count_params")
     if args.predict is None and (args.checkpoint or args.json):
         raise UserError("-checkpoint and -json need -predict")
+    return args
+
+
+# fmt: off
+def make_parser() -> utils.Parser:
+    """The parser of the command line; its defaults are the original's recipe."""
+    parser = utils.Parser("hw2_q2.py", description=__doc__.rpartition("\n\n")[0])
+    group = parser.add_argument_group
+    add_training_options(group("training").add_argument)
+    add_network_options(group("network"))
+    add_data_options(group("images"))
+    utils.add_runtime_options(parser, DASH, "one per core, or one if several runs are trained")
+    add = group("instead of training").add_argument
+    add("-count_params", action="store_true",
+        help="print the parameters, layer by layer, of both CNNs, or of the residual network")
+    add("-predict", nargs="+", type=Path, metavar="PATH", help="classify image files or folders")
+    add("-checkpoint", type=Path, metavar="FILE",
+        help="network for -predict (default: the one with the best validation accuracy)")
+    add("-json", action="store_true", help="print the output of -predict as JSON")
+    return parser
+
+
+def add_training_options(add: Callable) -> None:
+    count, decay = number(int, 1, 10**6), number(float, 0, 1000)
+    rate = number(float, 0, 1000, low_open=True)
+    add("-learning_rate", type=rate, default=0.01, nargs="+", metavar="RATE", action=OneOrMore,
+        help="learning rate; several rates: one run each, side by side (default: %(default)s)")
+    add("-epochs", type=count, default=40, help="number of training epochs (default: %(default)s)")
+    add("-batch_size", type=count, default=8, help="batch size (default: %(default)s)")
+    add("-last_batch", choices=("keep", "merge"),
+        help="keep an epoch's last batch if it is less than half full, or merge it into the one "
+        "before (default: merge with batch norm, else keep); a single image is always merged")
+    add("-l2_decay", type=decay, default=0.0, help="weight decay (default: %(default)s)")
+    add("-optimizer", choices=("sgd", "adam"), default="sgd",
+        help="optimizer (default: %(default)s)")
+    add("-momentum", type=probability, default=0.0, help="Nesterov momentum (default: %(default)s)")
+    add("-precision", choices=("float32", "bfloat16"), default="float32",
+        help="precision of the convolutions; bfloat16 may be faster (default: %(default)s)")
+    utils.add_training_options(add, DASH, PRESETS)
+
+
+def add_network_options(group: Any) -> None:
+    add, pools = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("-model", choices=("cnn", "resnet"), default="cnn",
+        help="the original's CNN, or a residual network, whose only option is -dropout "
+        "(default: %(default)s)")
+    add("-dropout", type=probability, default=0.1, help="dropout rate (default: %(default)s)")
+    add("-no_batch_norm", dest="batch_norm", action="store_false",
+        help="omit batch norm; changes the defaults of -head and -last_batch")
+    add("-head", choices=("gap", "flatten"),
+        help="input of the linear layers: the last feature map's global average, or all of it "
+        "(default: gap with batch norm, else flatten)")
+    pools("-pool", choices=("max", "avg", "stride", "none"), default="max",
+        help="how a block halves the feature map: max pooling, average pooling, a convolution "
+        "of stride 2, or not at all (default: %(default)s)")
+    pools("-no_maxpool", dest="pool", action="store_const", const="stride",
+        help="the course's name for -pool stride")
+    add("-kernel_size", type=int, choices=(1, 3, 5, 7, 9, 11, SIZE), default=3,
+        help=f"kernel size; {SIZE}: one convolution over the whole image (default: %(default)s)")
+    add("-convs", type=number(int, 1, 4), default=1,
+        help="convolutions per block (default: %(default)s)")
+
+
+def add_data_options(group: Any) -> None:
+    add, pixels = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("-data_path", type=Path, metavar="FILE",
+        help=".npz file (default: data/intel_landscapes.v2.npz, else a built-in sample)")
+    pixels("-pixels", choices=PIXELS, default="ordered",
+        help="order of the pixels: ordered; scrambled, as by the course's loader; shuffled, one "
+        "random order for all images (default: %(default)s)")
+    pixels("-scramble_pixels", dest="pixels", action="store_const", const="scrambled",
+        help="short for -pixels scrambled")
+    add("-augment", nargs="*", default=[], choices=AUGMENTATIONS, metavar="NAME",
+        help=f"random augmentations of training images: {', '.join(AUGMENTATIONS)}")
+    add("-tta", nargs="*", default=[], choices=TTA, metavar="NAME",
+        help="test-time augmentation: average the probabilities of an image and its variants; "
+        "mirror: flipped; shift: shifted by 2 pixels up, down, left and right")
+
+# fmt: on
 
 
 # ----------------------------------------------------------------------------------------------

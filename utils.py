@@ -1,7 +1,6 @@
 """What both questions share.
 
-errors, command line | seeding, devices | loading data | records, checkpoints | runs side by side |
-plotting
+errors, options | seeding, devices | data | records, checkpoints | runs side by side | plotting
 """
 
 import argparse
@@ -15,25 +14,22 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import timeit
 import unicodedata
-import urllib.request
 import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.error import URLError
 
 os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook's backend may not be there
 
@@ -52,7 +48,7 @@ ROOT = Path(__file__).resolve().parent
 SPLITS = ("train", "val", "test")
 
 # ----------------------------------------------------------------------------------------------
-# errors and the command line
+# errors and options
 
 
 class UserError(Exception):
@@ -71,6 +67,25 @@ def printable(text: str, limit: int = 500) -> str:
 def one_line(error: BaseException) -> str:
     """An exception's text on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the processor's or the GPU's memory is exhausted."""
+    signs = "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def user_errors(text: str) -> Iterator[None]:
+    """Turn an exception into a UserError, `text` and the reason; not if memory is exhausted."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{text} ({one_line(error)})")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,32 +109,28 @@ class OneOrMore(argparse.Action):
 
 def expand(args: Namespace, *names: str) -> list[Namespace]:
     """One namespace for each combination of the values of the arguments called `names`."""
-    values = (getattr(args, name) for name in names)
+    values = [getattr(args, name) for name in names]
     lists = [value if isinstance(value, list) else [value] for value in values]
-    return [
-        Namespace(**vars(args) | dict(zip(names, combination)))
-        for combination in itertools.product(*lists)
-    ]
+    combinations = [dict(zip(names, values)) for values in itertools.product(*lists)]
+    return [Namespace(**vars(args) | combination) for combination in combinations]
 
 
 def number(
     kind: type, low: float, high: float, low_open: bool = False, high_open: bool = False
 ) -> Callable[[str], Any]:
-    """An argparse type: a finite `kind` (int or float) between `low` and `high`."""
-    left, right = "(" if low_open else "[", ")" if high_open else "]"
+    """An argparse type: an int or a float, as `kind` says, between the finite `low` and `high`."""
+    noun = "an integer" if kind is int else "a number"
+    interval = f"{'(' if low_open else '['}{low}, {high}{')' if high_open else ']'}"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        above = low < value if low_open else low <= value
-        below = value < high if high_open else value <= high
-        if not (above and below and math.isfinite(value)):
-            name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {name} in {left}{low}, {high}{right}"
-            )
+            value = math.nan  # which is in no interval
+        is_above = low < value if low_open else low <= value
+        is_below = value < high if high_open else value <= high
+        if not (is_above and is_below):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} in {interval}")
         return value
 
     return parse
@@ -173,11 +184,8 @@ def parse_with_presets(
 
 def overrides(args: Namespace, defaults: Namespace, without: Iterable[str] = ()) -> dict[str, Any]:
     """The arguments, but for those called `without`, that differ from the defaults."""
-    return {
-        name: value
-        for name, value in vars(args).items()
-        if name not in without and value != getattr(defaults, name)
-    }
+    items = ((name, value) for name, value in vars(args).items() if name not in without)
+    return {name: value for name, value in items if value != getattr(defaults, name)}
 
 
 def to_argv(dash: str, arguments: dict[str, Any]) -> list[str]:
@@ -202,32 +210,26 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
         print(end="", flush=True)
+        return
     except UserError as error:
-        _exit(f"error: {error}", 2)
+        message, status = f"error: {error}", 2
     except KeyboardInterrupt:
-        _exit("interrupted; run the same command again, without restarting, to resume", 130)
+        message = "interrupted; run the same command again, without restarting, to resume"
+        status = 130
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _exit(f"error: out of memory; reduce batch size or network ({one_line(error)})", 2)
+        message = f"error: out of memory; reduce batch size or network ({one_line(error)})"
+        status = 2
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         if error.errno == errno.EPIPE:  # as in `... | head`
             sys.exit(1)
-        _exit(f"error: cannot write the output ({one_line(error)})", 2)
-
-
-def _exit(line: str, status: int) -> None:
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        message, status = f"error: cannot write the output ({one_line(error)})", 2
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the processor's or the GPU's memory is exhausted."""
-    signs = "can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -235,11 +237,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seed torch on every device from (seed, epoch); epoch 0 is the initialisation.
-
-    Each epoch has its own seed, so a resumed run draws the same random numbers as an uninterrupted
-    one, and no random state is saved.
-    """
+    """Seed torch on every device from (seed, epoch), so a resumed run draws the same random numbers
+    as an uninterrupted one, and no random state is saved. Epoch 0 is the initialisation."""
     sequence = np.random.SeedSequence([seed, epoch])
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
@@ -248,12 +247,10 @@ def prepare_device(name: str | None = None, threads: int | None = None) -> torch
     """The device called `name` (default: cuda if available, else cpu), set to deterministic
     algorithms; `threads` CPU threads (default: one per core). Raises UserError if it is missing."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with user_errors(f"device {name!r} cannot be used; try cpu"):
         x = torch.zeros(1, device=name)
         x.item()
         device = x.device  # 'cpu' for 'cpu:0'
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UserError(f"device {name!r} cannot be used ({one_line(error)}); try cpu")
     if device.type == "mps" and not mps_works():
         raise UserError("device 'mps' lacks operations that this project needs; try cpu")
     torch.set_num_threads(threads or cpu_count())
@@ -272,47 +269,42 @@ def mps_works() -> bool:
         return False
     try:
         x, indices = torch.ones(2, 2, device="mps"), torch.zeros(2, dtype=torch.long, device="mps")
-        offsets = {"offsets": indices[:1], "mode": "sum"}
-        F.embedding_bag(indices, x, **offsets, per_sample_weights=x[0]).cpu()
+        F.embedding_bag(indices, x, indices[:1], mode="sum", per_sample_weights=x[0]).cpu()
         F.interpolate(x[None, None], (1, 1), mode="bilinear", antialias=True).cpu()
         with torch.autocast("mps", torch.bfloat16):
             (x @ x).cpu()
-    except (RuntimeError, NotImplementedError):
+        return True
+    except RuntimeError:  # NotImplementedError is one
         return False
-    return True
 
 
 @functools.cache
 def bfloat16_is_faster() -> bool:
-    """Whether this processor computes convolutions faster in bfloat16 than in float32, by a probe
-    of some 50 ms: processors without bfloat16 instructions emulate them."""
+    """Whether this processor's convolutions are faster in bfloat16 than in float32, measured in
+    some 50 ms: processors without bfloat16 instructions emulate them."""
     conv, x = nn.Conv2d(64, 64, 3, padding=1), torch.rand(8, 64, 24, 24)
     seconds = {False: [], True: []}
     with torch.inference_mode():
-        for enabled in (False, True) * 6:
+        for enabled in (False, True) * 6:  # in turns, for a busy machine slows both
             with torch.autocast("cpu", torch.bfloat16, enabled):
-                started = time.perf_counter()
-                conv(x)
-                seconds[enabled].append(time.perf_counter() - started)
+                seconds[enabled].append(timeit.timeit(lambda: conv(x), number=1))
     return min(seconds[True]) < min(seconds[False])
 
 
 def cpu_count() -> int:
     """The number of CPU cores this process may use: its affinity and its container's quota."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # Linux only
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    is_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, cpu_quota())))
 
 
 def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """The CPU time per second that a container's control group allows (version 2, or 1), or inf."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (cgroup / "cpu.max").read_text().split()
-        return math.inf if quota == "max" else int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        quota = int((cgroup / "cpu/cpu.cfs_quota_us").read_text())
-        period = int((cgroup / "cpu/cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 else math.inf
+    """The CPU time per second that a container's control group allows, or inf."""
+    version_1 = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
+    for names in (["cpu.max"], version_1):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
     return math.inf
 
 
@@ -344,27 +336,21 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
-# loading data
+# data
 
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
 SIZE = 48  # pixels, height and width of every image
-MAX_DATA_BYTES = 4 * 2**30  # unpacked; the course's file has .1 GiB, in float64 .9
-MAX_TEXT_BYTES = 2**28  # WikiPron's lists have 2 MiB
 MAX_SYMBOLS = 1000  # of a pronunciation or a spelling
-IMAGE_FORMATS = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
 BIDIRECTIONAL = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+IMAGE_FORMATS = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
 
 
 @dataclass
 class Landscapes:
-    """Images of the six classes.
+    """Images of the six classes."""
 
-    splits: for 'train', 'val' and 'test', uint8 images (N, 3, 48, 48) and int64 labels (N,)
-    name: 'photographs' or 'sample'
-    """
-
-    splits: dict[str, tuple[Tensor, Tensor]]
-    name: str = "photographs"
+    splits: dict[str, tuple[Tensor, Tensor]]  # uint8 images (N, 3, 48, 48), int64 labels (N,)
+    name: str = "photographs"  # or 'sample'
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -372,8 +358,7 @@ class Landscapes:
         digest = hashlib.sha256()
         for split in SPLITS:
             for tensor in self.splits[split]:
-                for part in tensor.split(1000):  # one copy of the whole would take much memory
-                    digest.update(part.contiguous().numpy().data)
+                digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:12]
 
 
@@ -397,53 +382,45 @@ def load_landscapes(path: Path) -> Landscapes:
 
 
 def _read_npz(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
-    try:
+    with user_errors(f"{path}: not a readable .npz file; prepare it again"):
+        if not path.exists():
+            raise UserError(f"{path}: no such file; data/README.md says how to get the data")
         file = np.load(path, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
-            raise UserError(f"{path}: not an .npz file, but a single array")
+            raise ValueError("a single array")
         with file:
             size = sum(entry.file_size for entry in file.zip.infolist())
-            if size > MAX_DATA_BYTES:
+            if size > 4 * 2**30:  # the course's file has 0.1 GiB, in float64 0.9
                 raise UserError(f"{path}: refused, it unpacks to {size / 2**30:.1f} GiB")
             if missing := [key for key in keys if key not in file]:
                 raise UserError(f"{path}: has no {', '.join(missing)}; found: {', '.join(file)}")
-            return {key: file[key] for key in keys}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; data/README.md says how to get the data")
-    except UserError:
-        raise
-    except Exception as error:  # damaged zip files and headers raise exceptions of any type
-        raise UserError(f"{path}: not a readable .npz file ({one_line(error)}); prepare it again")
+            return {key: np.asarray(file[key]) for key in keys}  # not an array: bytes
 
 
 def _as_images(array: np.ndarray, where: str) -> np.ndarray:
     """`array` in any accepted layout as uint8 (N, 3, 48, 48); a view of it if it is uint8."""
-    if not (isinstance(array, np.ndarray) and (array.dtype == np.uint8 or array.dtype.kind == "f")):
-        raise UserError(f"{where}: type {getattr(array, 'dtype', 'unknown')}, not uint8 or floats")
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise UserError(f"{where}: type {array.dtype}, not uint8 or floats")
     if array.shape[1:] == (SIZE * SIZE * 3,):
         array = array.reshape(-1, SIZE, SIZE, 3)
     if array.shape[1:] == (SIZE, SIZE, 3):
         array = array.transpose(0, 3, 1, 2)
     if array.shape[1:] != (3, SIZE, SIZE):
-        raise UserError(
-            f"{where}: shape {array.shape}; expected (N, {SIZE}, {SIZE}, 3), "
-            f"(N, 3, {SIZE}, {SIZE}) or (N, {SIZE * SIZE * 3})"
-        )
+        accepted = "(N, 48, 48, 3), (N, 3, 48, 48) or (N, 6912)"
+        raise UserError(f"{where}: shape {array.shape}; expected {accepted}")
     if len(array) == 0:
         raise UserError(f"{where}: no images")
     if array.dtype.kind == "f":
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 255):  # also for NaN
-            raise UserError(
-                f"{where}: values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255"
-            )
+            raise UserError(f"{where}: values from {low:g} to {high:g}; expected 0 to 1 or 255")
         array = np.rint(array * (255 if high <= 1 else 1)).astype(np.uint8)
     return array
 
 
 def _as_labels(array: np.ndarray, where: str) -> np.ndarray:
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu":
-        raise UserError(f"{where}: type {getattr(array, 'dtype', 'unknown')}, not integers")
+    if array.dtype.kind not in "iu":
+        raise UserError(f"{where}: type {array.dtype}, not integers")
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
@@ -457,31 +434,22 @@ def read_image(file: Any) -> Tensor:
     """The image in `file` (a path or a binary file), of any size and mode, as uint8 (3, 48, 48);
     of an animation the first frame. Raises UserError if Pillow cannot read it or it has more than
     89 million pixels."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
-            with Image.open(file, formats=[f for f in IMAGE_FORMATS if f in _decoders()]) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode == "F":  # convert() would turn 0..1 into black
-                    raise ValueError("its pixels are floats of unknown range")
-                if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-                    levels = np.asarray(image) // 257
-                    image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-                image = image.convert("RGB")
+    Image.init()
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]  # those this Pillow has
+    with user_errors(f"{file}: not a readable image"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning)  # about odd metadata
+        with Image.open(file, formats=formats) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F":  # convert() would turn 0..1 into black
+                raise ValueError("its pixels are floats of unknown range")
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                levels = np.asarray(image) // 257
+                image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            image = image.convert("RGB")
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)  # antialiased
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of damaged images raise exceptions of any type
-        raise UserError(f"{file}: not a readable image ({one_line(error)})")
-
-
-@functools.cache
-def _decoders() -> set[str]:
-    Image.init()
-    return set(Image.OPEN)
 
 
 def image_suffixes() -> set[str]:
@@ -491,15 +459,10 @@ def image_suffixes() -> set[str]:
 
 @dataclass
 class Pronunciations:
-    """Words and their pronunciations.
+    """Words and their pronunciations."""
 
-    splits: for 'train', 'val' and 'test', a list of (phonemes, spelling): a tuple of symbols such
-    as ('k', 'æ', 't') and a string
-    name: 'pronunciations', 'sample', or that of a folder in data/
-    """
-
-    splits: dict[str, list[tuple[tuple[str, ...], str]]]
-    name: str = "pronunciations"
+    splits: dict[str, list[tuple[tuple[str, ...], str]]]  # such as (('k', 'æ', 't'), 'cat')
+    name: str = "pronunciations"  # or 'sample', or the name of a folder in data/
 
     @property
     def fingerprint(self) -> str:
@@ -509,92 +472,64 @@ class Pronunciations:
 
 
 def load_pronunciations(folder: Path) -> Pronunciations:
-    """Read train.tsv, valid.tsv and test.tsv in `folder`.
-
-    Each line is phonemes separated by spaces, TAB, spelling; UTF-8 with or without a byte order
-    mark, LF or CRLF; text is normalised to NFC. Raises UserError, naming file and line, otherwise.
-    """
-    files = {"train": "train.tsv", "val": "valid.tsv", "test": "test.tsv"}
-    pairs = {split: read_tsv(Path(folder) / name) for split, name in files.items()}
-    return Pronunciations(
-        {split: [(tuple(a.split()), b) for a, b in rows] for split, rows in pairs.items()}
-    )
+    """Read train.tsv, valid.tsv and test.tsv in `folder`. Each line is phonemes separated by
+    spaces, TAB, spelling. Raises UserError, naming file and line, otherwise."""
+    splits = {}
+    for split, name in (("train", "train.tsv"), ("val", "valid.tsv"), ("test", "test.tsv")):
+        pairs = read_tsv(Path(folder) / name)
+        splits[split] = [(tuple(phonemes.split()), spelling) for phonemes, spelling in pairs]
+    return Pronunciations(splits)
 
 
 def read_tsv(path: Path) -> list[tuple[str, str]]:
-    """The lines of a file as pairs of NFC strings. Raises UserError, naming file and line."""
+    """The lines of a UTF-8 file, with or without a byte order mark, LF or CRLF, as pairs of NFC
+    strings. Raises UserError, naming file and line."""
+    with user_errors(f"{path}: cannot be read"):
+        if not path.exists():
+            raise UserError(f"{path}: no such file; data/README.md says how to get the data")
+        content = path.read_bytes()
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_TEXT_BYTES + 1)
-        if len(content) > MAX_TEXT_BYTES:
-            raise UserError(f"{path}: refused, larger than {MAX_TEXT_BYTES / 2**20:.0f} MiB")
-        text = content.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; data/README.md says how to get the data")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})")
+        text = content.decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not UTF-8")
-    lines = text.replace("\r\n", "\n").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    if not lines:
+    if not text:
         raise UserError(f"{path}: is empty")
-    return [_parse_pair(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_parse_pair(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1)]
 
 
 def _parse_pair(line: str, where: str) -> tuple[str, str]:
     fields = [field.strip() for field in line.split("\t")]
+    problem = None
     if len(fields) != 2:
-        raise UserError(f"{where}: {len(fields)} fields separated by tabs, expected 2")
-    if not all(fields):
-        raise UserError(f"{where}: an empty field")
-    if max(map(len, fields)) > MAX_SYMBOLS:
-        raise UserError(f"{where}: a field of more than {MAX_SYMBOLS:,} characters")
-    if any(unicodedata.category(c) == "Cc" or c in BIDIRECTIONAL for c in "".join(fields)):
-        raise UserError(f"{where}: a control character")
+        problem = f"{len(fields)} fields separated by tabs, expected 2"
+    elif not all(fields):
+        problem = "an empty field"
+    elif max(map(len, fields)) > MAX_SYMBOLS:
+        problem = f"a field of more than {MAX_SYMBOLS:,} characters"
+    elif any(unicodedata.category(c) == "Cc" or c in BIDIRECTIONAL for c in "".join(fields)):
+        problem = "a control character"
+    if problem:
+        raise UserError(f"{where}: {problem}")
     return tuple(unicodedata.normalize("NFC", field) for field in fields)
-
-
-def download(url: str, path: Path) -> None:
-    """Download `url` to `path`, whole or not at all. Raises UserError."""
-    print(f"Downloading {url}")
-    write_file(path, lambda part: _fetch(url, part))
-
-
-def _fetch(url: str, path: Path) -> None:
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "hw2"})
-        with urllib.request.urlopen(request, timeout=60) as response, open(path, "wb") as output:
-            size = int(response.headers.get("Content-Length", 0)) or None
-            bar = {"total": size, "desc": "download", "leave": False, "disable": None}
-            with tqdm.wrapattr(output, "write", **bar) as output:
-                shutil.copyfileobj(response, output)
-        if size not in (None, path.stat().st_size):
-            raise ConnectionError(f"only {path.stat().st_size:,} of {size:,} bytes arrived")
-    except (URLError, ConnectionError, TimeoutError, HTTPException, ValueError) as error:
-        raise UserError(f"{url}: {one_line(error)}; data/README.md names other ways")
 
 
 # ----------------------------------------------------------------------------------------------
 # records and checkpoints
 
+History = dict[str, list[float]]  # {column: one value per epoch}
+
 
 @dataclass(frozen=True)
 class Run:
-    """One training run and its files.
-
-    Its identity, of which its name has a hash, is all that can change its result but for device
-    and threads: the arguments that differ from the defaults (seed included), name and fingerprint
-    of its data, and the question's TRAINING_VERSION.
-    """
+    """One training run and its files. Its identity, of which its name has a hash, is all that can
+    change its result but for device and threads."""
 
     title: str  # the readable part of its name, such as 'q2-bn-gap-lr0.01-seed42-sample'
     command: str  # such as 'python hw2_q2.py -learning_rate 0.1'
-    arguments: dict[str, Any]  # those that differ from the defaults
+    arguments: dict[str, Any]  # those that differ from the defaults, seed included
     data: dict[str, str]  # name, fingerprint
-    training_version: int
+    training_version: int  # the question's TRAINING_VERSION
     epochs: int
     folder: Path = ROOT
     checkpoint_file: Path | None = None  # default: the run's name in checkpoints/
@@ -622,12 +557,9 @@ class Run:
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write(temporary path)`, then rename the result to `path`: whole or not at all.
-
-    The temporary name is fixed, so the next write replaces what a killed process left. Raises
-    UserError if the file cannot be written; what stood at `path` stays.
+    """Call `write(temporary path)`, then rename the result to `path`: whole or not at all. The
+    temporary name is fixed: the next write replaces what a killed process left. Raises UserError.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -644,11 +576,11 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
 
 def _replace(source: Path, path: Path, tries: int = 20) -> None:
     """os.replace, which Windows denies for the moment that another process reads `path`."""
-    for left in reversed(range(tries)):
+    for tries_left in reversed(range(tries)):
         try:
             return os.replace(source, path)
         except PermissionError:
-            if os.name != "nt" or left == 0:
+            if os.name != "nt" or not tries_left:
                 raise
             time.sleep(0.1)
 
@@ -662,122 +594,85 @@ def save_record(path: Path, record: dict[str, Any]) -> None:
 
 def load_record(path: Path) -> dict[str, Any]:
     """Read a run record; {} if there is none. Raises UserError if it cannot be read."""
+    with user_errors(f"{path}: not a readable run record; delete it"):
+        if not path.exists():
+            return {}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not _has(record, command=str, arguments=dict, data=dict, history=dict, measured=dict):
+            raise ValueError("parts are missing")
+        return record
+
+
+def _has(data: Any, /, **kinds: type) -> bool:
+    """Whether `data` is a dictionary that has these names, with values of these types."""
+    return isinstance(data, dict) and all(isinstance(data.get(k), t) for k, t in kinds.items())
+
+
+def new_record(
+    run: Run, model: nn.Module, history: History, seconds: list[float]
+) -> dict[str, Any]:
+    """A run's record, as yet without scores."""
+    about = {"command": run.command, **run.identity, "parameters": count_parameters(model)}
+    device = next(model.parameters()).device
+    return about | {"history": history, "measured": measured(device, seconds)}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def measured(device: torch.device, seconds: list[float]) -> dict[str, Any]:
+    """What differs between repetitions of a run: time, machine, versions and date."""
+    memory = _from_proc("self/status", "VmHWM")  # such as '900000 kB'
+    return {
+        "seconds": [round(s, 3) for s in seconds],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processor": _from_proc("cpuinfo", "model name") or platform.processor(),
+        "cores": cpu_count(),
+        "threads": torch.get_num_threads(),
+        "peak_memory_mib": int(memory.split()[0]) // 1024 if memory else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@functools.cache
+def commit() -> str | None:
+    """The code's commit at the first call, with '-dirty' if a script differs from it, or None."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    if not (ROOT / ".git").exists():  # a folder above this may have commits
+        return None
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable run record ({one_line(error)}); delete it")
-    kinds = {"command": str, "arguments": dict, "data": dict, "history": dict, "measured": dict}
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(name), kind) for name, kind in kinds.items()
-    ):
-        raise UserError(f"{path}: not a run record; delete it")
-    return record
+        name = git(["git", "rev-parse", "--short", "HEAD"], check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    has_changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode != 0
+    return f"{name}-dirty" if has_changed else name
 
 
-def save_checkpoint(
-    run: Run,
-    model: nn.Module,
-    optimizer: Optimizer,
-    history: dict[str, list[float]],
-    seconds: list[float],
-    **more: Any,
-) -> None:
-    """Write the run's state after an epoch, from which `resume` continues; `more` is kept with it.
-
-    history: {column: one value per epoch}; seconds: one value per epoch.
-    """
-    content = run.identity | {"command": run.command, "history": history, "seconds": seconds}
-    content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()} | more
-    write_file(run.checkpoint, lambda file: torch.save(content, file))
-
-
-def load_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint without running code from it. Raises UserError if it is missing, damaged
-    or not one of this project's."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            if part := file.testzip():  # torch.load does not compare checksums
-                raise ValueError(f"wrong checksum of {part}")
-        with warnings.catch_warnings():  # about odd files, which are refused below
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)})")
-    except Exception as error:  # the unpickler of a damaged file raises exceptions of any type
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{path}: not a readable checkpoint ({one_line(error)}); delete it")
-    kinds = {"command": str, "arguments": dict, "data": dict, "training_version": int}
-    kinds |= {"history": dict, "seconds": list, "model": dict, "optimizer": dict}
-    if not isinstance(content, dict) or not all(
-        isinstance(content.get(name), kind) for name, kind in kinds.items()
-    ):
-        raise UserError(f"{path}: not a checkpoint of this project")
-    return content
-
-
-CONTENT_ERRORS = RuntimeError, ValueError, LookupError, TypeError, AttributeError
-
-
-@contextlib.contextmanager
-def checkpoint_errors(what: str) -> Iterator[None]:
-    """Raise UserError, `what` and why, if a checkpoint's content does not fit its use."""
-    try:
-        yield
-    except (*CONTENT_ERRORS, UserError, SystemExit) as error:  # the last by -h in a command
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"{what} ({one_line(error)})")
-
-
-def resume(run: Run, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """Load the run's last finished epoch into `model` and `optimizer`, if there is one.
-
-    Returns the checkpoint's content, or empty 'history' and 'seconds'. Raises UserError.
-    """
-    if not run.checkpoint.exists():
-        return {"history": {}, "seconds": []}
-    saved = load_checkpoint(run.checkpoint, next(model.parameters()).device)
-    if any(saved[name] != value for name, value in run.identity.items()):
-        raise UserError(f"{run.checkpoint}: belongs to another run; delete it")
-    with checkpoint_errors(f"{run.checkpoint}: does not fit the network; delete it"):
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        for weight, state in optimizer.state.items():  # fused steps do not compare shapes
-            for name, value in state.items():
-                if torch.is_tensor(value) and name != "step" and value.shape != weight.shape:
-                    raise ValueError("optimizer state of another shape")
-    if 0 < len(saved["seconds"]) < run.epochs:
-        print(f"Resuming after epoch {len(saved['seconds'])}")
-    return saved
-
-
-def is_trained(run: Run) -> bool:
-    """Whether the run's checkpoint has all its epochs."""
-    if not run.checkpoint.exists():
-        return False
-    saved = load_checkpoint(run.checkpoint)
-    is_same = all(saved[name] == value for name, value in run.identity.items())
-    return is_same and len(saved["seconds"]) == run.epochs
-
-
-def finished_record(run: Run) -> dict[str, Any]:
-    """The record of a run that has final scores and a checkpoint of all its epochs, or {}."""
-    record = load_record(run.record)
-    return record if "final" in record and is_trained(run) else {}
+def _from_proc(file: str, name: str) -> str | None:
+    """The first value called `name` in a file of Linux's /proc; None without one."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return None
 
 
 def store_record(run: Run, record: dict[str, Any]) -> str:
-    """Write a run's record. If one is there with the same history, it is completed: it keeps the
-    report's analysis and scores of other decoding. Returns a line that says so."""
+    """Write a run's record. One of the same training is completed: it keeps the report's analysis
+    and the scores of other decoding. Returns a line that says so."""
     old, note = load_record(run.record), ""
-    if old and old["history"] == record["history"]:
+    final, old_final = record.get("final", {}), old.get("final", {})
+    is_same = bool(old) and old["history"] == record["history"]
+    if is_same and not old["history"]:  # an ensemble's
+        is_same = old_final.get("greedy") == final.get("greedy")
+    if is_same:
         note = " (training had the same numbers before)"
-        final, old_final = record.get("final", {}), old.get("final", {})
         if final.get("max_len") == old_final.get("max_len"):
             final = old_final | final
         record = old | ({"final": final} if final else {})
@@ -787,11 +682,123 @@ def store_record(run: Run, record: dict[str, Any]) -> str:
     return f"Record: {run.record}{note}"
 
 
+def save_checkpoint(
+    run: Run, model: nn.Module, optimizer: Optimizer, history: History, seconds: list[float], **more
+) -> None:
+    """Write the run's state after an epoch, and `more`, from which `resume` continues."""
+    content = run.identity | {"command": run.command, "history": history, "seconds": seconds}
+    content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()} | more
+    write_file(run.checkpoint, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, without running code from it. Raises UserError if it is not one."""
+    with user_errors(f"{path}: not a readable checkpoint; delete it"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd files, which are refused below
+        if not path.exists():
+            raise UserError(f"{path}: no such checkpoint")
+        with zipfile.ZipFile(path) as file:
+            if part := file.testzip():  # torch.load does not compare checksums
+                raise ValueError(f"wrong checksum of {part}")
+        content = torch.load(path, map_location=device, weights_only=True)
+    kinds = {"command": str, "arguments": dict, "data": dict, "training_version": int}
+    kinds |= {"history": dict, "seconds": list, "model": dict, "optimizer": dict}
+    if not _has(content, **kinds):
+        raise UserError(f"{path}: not a checkpoint of this project")
+    return content
+
+
+@contextlib.contextmanager
+def checkpoint_errors(text: str) -> Iterator[None]:
+    """`user_errors` for what is done with a checkpoint's content, its command included."""
+    with user_errors(text):
+        try:
+            yield
+        except (UserError, SystemExit) as error:  # SystemExit by -h
+            raise ValueError(error)
+
+
+def resume(run: Run, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Load the run's checkpoint, if there is one, into `model` and `optimizer`. Returns its
+    content, or empty 'history' and 'seconds'. Raises UserError if it is another run's."""
+    if not run.checkpoint.exists():
+        return {"history": {}, "seconds": []}
+    saved = load_checkpoint(run.checkpoint, next(model.parameters()).device)
+    if not run.identity.items() <= saved.items():
+        raise UserError(
+            f"{run.checkpoint}: belongs to another run; choose another name, or delete it"
+        )
+    with checkpoint_errors(f"{run.checkpoint}: does not fit the network; delete it"):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        for weight, state in optimizer.state.items():  # fused steps do not compare shapes
+            tensors = (x for name, x in state.items() if torch.is_tensor(x) and name != "step")
+            if any(x.shape != weight.shape for x in tensors):
+                raise ValueError("optimizer state of another shape")
+    if 0 < len(saved["seconds"]) < run.epochs:
+        print(f"Resuming after epoch {len(saved['seconds'])}")
+    return saved
+
+
+def discard_checkpoint(run: Run) -> None:
+    """Delete the run's checkpoint. Raises UserError if the file has another run's."""
+    is_named = run.checkpoint_file and run.checkpoint.exists()
+    if is_named and not run.identity.items() <= load_checkpoint(run.checkpoint).items():
+        raise UserError(f"{run.checkpoint}: belongs to another run; choose another name")
+    run.checkpoint.unlink(missing_ok=True)
+
+
+def is_trained(run: Run) -> bool:
+    """Whether the run's checkpoint has all its epochs."""
+    if not run.checkpoint.exists():
+        return False
+    saved = load_checkpoint(run.checkpoint)
+    return run.identity.items() <= saved.items() and len(saved["seconds"]) == run.epochs
+
+
+def finished_record(run: Run) -> dict[str, Any]:
+    """The record of a run that has final scores and a checkpoint of all its epochs, or {}."""
+    record = load_record(run.record)
+    return record if "final" in record and is_trained(run) else {}
+
+
+def best_checkpoint(folder: Path, prefix: str, score: Callable[[dict], Any]) -> Path:
+    """The checkpoint prefix*.pt in `folder` with the highest score(content); None excludes one."""
+    scores = {}
+    for path in sorted(folder.glob(f"{prefix}*.pt")):
+        try:
+            with checkpoint_errors(f"{path}: not usable"):
+                scores[path] = score(load_checkpoint(path))
+        except UserError as error:
+            print(f"Skipping {error}", file=sys.stderr)
+    ranking = [(value, path) for path, value in scores.items() if value is not None]
+    if not ranking:
+        raise UserError(f"{folder}: no trained network there yet; train one first")
+    return max(ranking)[1]
+
+
+class Diverged(UserError):
+    """The training loss is not a finite number."""
+
+    def __init__(self, epoch: int, batch: int):
+        self.epoch, self.batch, where = epoch, batch, f"epoch {epoch}, batch {batch}"
+        super().__init__(f"the loss was not a finite number in {where}; try a lower learning rate")
+
+
+def check_divergence(running_sums: Tensor, epoch: int, batch: int, batches: int) -> None:
+    """Raise Diverged if the summed loss, running_sums[0], is not finite after batch 1..batches;
+    running_sums[-1] counts the batches of finite loss. A GPU, which has to wait where a number is
+    read, is asked every 100 batches."""
+    is_due = running_sums.device.type == "cpu" or batch % 100 == 0 or batch == batches
+    if is_due and not math.isfinite(running_sums[0].item()):
+        raise Diverged(epoch, int(running_sums[-1].item()) + 1)
+
+
 @contextlib.contextmanager
 def recording_divergence(
-    run: Run, model: nn.Module, history: dict, seconds: list[float]
+    run: Run, model: nn.Module, history: History, seconds: list[float]
 ) -> Iterator[None]:
-    """Write the record of a run that raises Diverged inside."""
+    """Write the record of a run that raises Diverged in the `with` block."""
     try:
         yield
     except Diverged as error:
@@ -802,124 +809,17 @@ def recording_divergence(
 
 @contextlib.contextmanager
 def run_lock(run: Run) -> Iterator[None]:
-    """Keep other processes from training `run`. The lock ends with its process, its empty file
-    stays. Raises UserError if another process holds it."""
+    """Hold the lock that keeps other processes from training `run`; it ends with this process."""
     commit()  # of the code that trains; files may change meanwhile
     path = run.checkpoint.with_name(f"{run.checkpoint.name}.lock")
-    try:
+    with user_errors(f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path).acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{run.name}: another process is training this run")
-    except (OSError, NotImplementedError) as error:
-        raise UserError(f"{path}: cannot be written ({one_line(error)})")
+        try:
+            lock = filelock.FileLock(path).acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"{run.name}: another process is training this run")
     with lock:
         yield
-
-
-def best_checkpoint(folder: Path, prefix: str, score: Callable[[dict], Any]) -> Path:
-    """The checkpoint prefix*.pt in `folder` with the highest score(content); None excludes one.
-    Raises UserError if there is none."""
-    scored = []
-    for path in sorted(folder.glob(f"{prefix}*.pt")):
-        try:
-            with checkpoint_errors(f"{path}: not usable"):
-                value = score(load_checkpoint(path))
-        except UserError as error:
-            print(f"Skipping {error}", file=sys.stderr)
-            continue
-        if value is not None:
-            scored.append((value, path))
-    if not scored:
-        raise UserError(f"{folder}: no trained network there yet; train one first")
-    return max(scored)[-1]
-
-
-class Diverged(UserError):
-    """The training loss is no finite number any more."""
-
-    def __init__(self, epoch: int, batch: int):
-        super().__init__(
-            f"training stopped: the loss was no longer a finite number in epoch {epoch}, "
-            f"batch {batch}; try a lower learning rate"
-        )
-        self.epoch, self.batch = epoch, batch
-
-
-CHECK_EVERY = 100  # batches; reading a number back makes a GPU wait
-
-
-def check_divergence(running_sums: Tensor, epoch: int, batch: int, batches: int) -> None:
-    """Raise Diverged if the summed loss, running_sums[0], is not finite after batch 1..batches;
-    running_sums[-1] counts the batches of finite loss."""
-    is_due = running_sums.device.type == "cpu" or batch % CHECK_EVERY == 0 or batch == batches
-    if is_due and not math.isfinite(running_sums[0].item()):
-        raise Diverged(epoch, int(running_sums[-1].item()) + 1)
-
-
-def new_record(run: Run, model: nn.Module, history: dict, seconds: list[float]) -> dict[str, Any]:
-    """A run's record, as yet without scores."""
-    return {
-        "command": run.command,
-        **run.identity,
-        "parameters": count_parameters(model),
-        "history": history,
-        "measured": measured(next(model.parameters()).device, seconds),
-    }
-
-
-def count_parameters(model: nn.Module) -> int:
-    """The number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def measured(device: torch.device, seconds: list[float]) -> dict[str, Any]:
-    """What differs between repetitions of a run: time, machine, versions and date."""
-    return {
-        "seconds": [round(s, 3) for s in seconds],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processor": _processor(),
-        "cores": cpu_count(),
-        "threads": torch.get_num_threads(),
-        "peak_memory_mib": _peak_memory(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit of the code at the first call, '-dirty' behind it if a script was changed since;
-    None without one."""
-    if not (ROOT / ".git").exists():  # a folder above this may have commits
-        return None
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    try:
-        name = git(["git", "describe", "--always", "--exclude=*"], check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
-    return f"{name}-dirty" if changed else name
-
-
-def _peak_memory() -> int | None:
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) // 1024
-    except (OSError, ValueError, IndexError):  # not Linux
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -938,25 +838,24 @@ def train_side_by_side(
     them. A run that fails does not stop the others; at the end UserError says how many failed.
     """
     args, data = configs[0], script.load_data(configs[0])
-    runs, before = {}, {}
+    runs, failures = {}, 0  # runs: {command: (run, its record before)}
     for config in configs:
         run = script.make_run(config, data)
         if not args.restart and (record := is_finished(run, config)):
-            print(
-                f"{run.name}: {script.summary(record)} (finished; {script.DASH}restart retrains it)"
-            )
+            note = f"(finished; {script.DASH}restart retrains it)"
+            print(f"{run.name}: {script.summary(record)} {note}")
             continue
-        command = process_command(script, config)
-        runs[command], before[command] = run, load_record(run.record)
+        arguments = script.overrides(config, ("jobs", "scheduler"))
+        words = to_argv(script.DASH, arguments | {"threads": args.threads or 1})
+        command = sys.executable, str(Path(script.__file__).resolve()), *words
+        runs[command] = run, load_record(run.record)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     at_once = cpu_count() // (args.threads or 1) if device.startswith("cpu") else 1
-    jobs = args.jobs or max(1, at_once)
-    results, failures = run_processes(list(runs), jobs, args.scheduler), 0
+    results = run_processes(list(runs), args.jobs or max(1, at_once), args.scheduler)
     for result in tqdm(results, total=len(runs), unit="run", disable=None if runs else True):
-        run, old = runs[tuple(result.args)], before[tuple(result.args)]
+        run, before = runs[tuple(result.args)]
         record = load_record(run.record)
-        has_diverged = "diverged_in_epoch" in record and record != old
-        if (result.returncode == 0 and record) or has_diverged:
+        if record and (result.returncode == 0 or record != before):  # scored, or it has diverged
             line = script.summary(record)
         else:
             failures += 1
@@ -964,14 +863,6 @@ def train_side_by_side(
         tqdm.write(f"{run.name}: {line}")
     if failures:
         raise UserError(f"{failures} of {len(configs)} runs failed; run the same command to retry")
-
-
-def process_command(script: ModuleType, args: Namespace) -> tuple[str, ...]:
-    """The command of a process that trains one run, on one thread if the arguments do not say."""
-    arguments = script.overrides(args, ("jobs", "scheduler"))
-    arguments["threads"] = args.threads or 1
-    path = str(Path(script.__file__).resolve())
-    return sys.executable, path, *to_argv(script.DASH, arguments)
 
 
 def run_processes(
@@ -991,13 +882,10 @@ def run_processes(
             errors = child.communicate()[1]
         return subprocess.CompletedProcess(command, child.returncode, stderr=errors)
 
-    with contextlib.ExitStack() as stack:
-        if scheduler:
-            pool = stack.enter_context(dask_client(scheduler)).get_executor()
-        else:
-            pool = stack.enter_context(ThreadPoolExecutor(jobs))
+    with dask_client(scheduler) if scheduler else ThreadPoolExecutor(jobs) as pool:
+        submit = pool.get_executor().submit if scheduler else pool.submit
         run = subprocess.run if scheduler else run_here
-        futures = [pool.submit(run, list(command), **how) for command in commands]
+        futures = [submit(run, list(command), **how) for command in commands]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -1011,14 +899,10 @@ def run_processes(
 
 def dask_client(address: str) -> Any:
     """A client of the Dask scheduler at `address`. Raises UserError."""
-    try:
+    with user_errors("Dask is not installed; pip install distributed"):
         from distributed import Client
-    except ImportError:
-        raise UserError("Dask is not installed; pip install distributed")
-    try:
+    with user_errors(f"no Dask scheduler at {address}"):
         return Client(address, timeout=10)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"no Dask scheduler at {address} ({one_line(error)})")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1028,19 +912,11 @@ def dask_client(address: str) -> Any:
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 SKY = "#56B4E9"
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "savefig.dpi": 200,
-    "svg.hashsalt": "hw2",
-}
+    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6,
+    "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6, "savefig.dpi": 200,
+    "svg.hashsalt": "hw2",  # the same bytes again
+}  # fmt: skip
 
 
 def new_figure(
@@ -1054,7 +930,7 @@ def new_figure(
 
 def save_figure(path: Path, fig: Figure) -> None:
     """Write `fig` in the format of the path's suffix, without the date: the same bytes again."""
-    date = {".pdf": "CreationDate", ".svg": "Date"}.get(Path(path).suffix)
+    date = {".pdf": "CreationDate", ".svg": "Date"}.get(path.suffix)
     write_file(path, lambda file: fig.savefig(file, metadata={date: None} if date else None))
 
 

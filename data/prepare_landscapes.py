@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import utils
 from utils import CLASSES, UserError
 
@@ -70,10 +71,8 @@ def files_in_archive(archive: zipfile.ZipFile) -> Iterator[File]:
 
 def open_archive(path: Path) -> zipfile.ZipFile:
     """Open a zip archive. Raises UserError."""
-    try:
+    with utils.user_errors(f"{path}: not a readable zip archive"):
         return zipfile.ZipFile(path)
-    except Exception as error:  # damaged archives raise exceptions of any type
-        raise UserError(f"{path}: not a readable zip archive ({utils.one_line(error)})")
 
 
 def download(url: str, path: Path) -> None:
@@ -81,7 +80,7 @@ def download(url: str, path: Path) -> None:
     if path.exists() and _is_intact(path):
         print(f"{path} is already there")
         return
-    utils.download(url, path)
+    data.download(url, path)
     if not _is_intact(path):
         path.unlink()
         raise UserError(f"{url}: not an intact zip archive; try again")
@@ -126,10 +125,9 @@ def read_images(files: Iterable[File]) -> dict[str, Images]:
     for split, label, name, read in tqdm(images, unit="image", leave=False, disable=None):
         name = f"{split}/{CLASSES[label]}/{name}"
         try:
-            rows[split].append((utils.read_image(io.BytesIO(read())), label, name))
-        except MemoryError:
-            raise
-        except Exception:  # reading damaged entries raises exceptions of any type
+            with utils.user_errors(name):  # damaged entries raise exceptions of any type
+                rows[split].append((utils.read_image(io.BytesIO(read())), label, name))
+        except UserError:
             broken.append(name)
     for name in broken:
         print(f"  broken, left out: {name}")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+import data
 import utils
 from utils import UserError
 
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     path = args.tsv or args.output_dir / f"wikipron-{args.language}.tsv"
     if args.language and not path.exists():
-        utils.download(args.url.replace("{language}", args.language), path)
+        data.download(args.url.replace("{language}", args.language), path)
     pairs = [(phonemes, spelling) for spelling, phonemes in utils.read_tsv(path)]
     if args.keep:
         splits = extend_split(pairs, args.keep, args.train, args.seed)

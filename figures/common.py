@@ -20,12 +20,12 @@ Records = dict[str, list[Record]]  # by experiment's label
 class Experiment:
     """Runs that differ in their seeds alone.
 
-    arguments: of the question's script, without the seed but for an ensemble's
-    seeds: how many of SEEDS
-    group: 'report' if the original has it, 'all' if it tests what the original claims, 'beyond' if
-    it goes further than the original
-    data: the name of a folder in data/; None: the default data
-    members: of an ensemble, the label of the experiment whose models it combines
+    arguments: of the question's script; only an ensemble's contain the seeds
+    seeds: the number of SEEDS
+    group: 'report' if the original has it, 'all' if it tests a claim of the original, 'beyond' if
+    it improves on the original
+    data: the name of a folder in data/, or None for the default data
+    members: for an ensemble, the label of the experiment whose models it combines
     """
 
     label: str
@@ -46,7 +46,7 @@ def scored(records: list[Record]) -> list[Record]:
 
 
 def mean_sd(values: Sequence[float]) -> str:
-    """'mean ± standard deviation' over seeds; the mean alone of one value, a dash for none."""
+    """'mean ± standard deviation' over seeds; only the mean of a single value, a dash for none."""
     if not values:
         return "–"
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -76,7 +76,7 @@ def interval(
 
 
 def minutes(record: Record) -> float:
-    """The time that a run's epochs took together."""
+    """The total time of a run's epochs."""
     return sum(record["measured"]["seconds"]) / 60
 
 
@@ -86,7 +86,7 @@ def seconds_per_epoch(record: Record) -> float:
 
 
 def machines(records: Records) -> str:
-    """The machines and versions that made the records, and how many each."""
+    """The machines and versions that made the records, with their numbers of runs."""
     counts = Counter(
         f"{'' if m['device'] == 'cpu' else m['device'] + ', '}"
         f"{m['cores']} cores of an {m['processor']}, {m['threads']} thread"
@@ -119,7 +119,7 @@ def legend_above(fig: Figure, axes: Axes, columns: int = 2) -> None:
 
 
 def with_seeds(label: str, runs: Sequence) -> str:
-    """A label that says over how many seeds."""
+    """A label with the number of seeds."""
     return f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
 
 
@@ -128,8 +128,8 @@ def plot_bands(
     **style: Any,
 ) -> None:  # fmt: skip
     """Plot lists of values, one per run, against `first`, `first` + 1, ...: their mean, and a band
-    from the lowest to the highest; runs of unequal length are drawn separately, a cross at the end
-    of those that stopped early. style: the lines' colour and style."""
+    from the lowest to the highest. Runs of unequal length are drawn separately; a cross marks the
+    end of a run that stopped early. style: the lines' colour and style."""
     axes.xaxis.get_major_locator().set_params(integer=True)
     if len(set(map(len, runs))) > 1:
         longest = max(map(len, runs))

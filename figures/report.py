@@ -1,6 +1,6 @@
 """Write the report, figures/README.md and its figures, from the run records in figures/runs.
 
-    python -m figures.report                             in seconds, without data: the same bytes
+    python -m figures.report                             takes seconds and needs no data
     python -m figures.report --train report              first train the runs without a record
     python -m figures.report --train beyond --dry_run    list these runs and estimate the hours
 
@@ -54,8 +54,8 @@ def make_parser() -> utils.Parser:
         help="where checkpoints/ and figures/ are (default: the repository)")
     add = parser.add_argument_group("training").add_argument
     add("--train", choices=GROUPS,
-        help="train the runs without a record: report, the original's experiments; all: also those "
-        "that test its claims; beyond: those that go further")
+        help="train the runs without a record: report, the original's experiments; all, also "
+        "tests of the original's claims; beyond, improvements on the original")
     add("--question", choices=QUESTIONS, help="train only experiments of this question")
     add("--seeds", type=number(int, 1, len(SEEDS)), metavar="N",
         help="seeds per experiment (default: 2 to 5)")
@@ -84,22 +84,22 @@ ByName = dict[str, Record]  # records by their runs' names
 
 
 class Dataset(NamedTuple):
-    """What a run's name depends on of its data."""
+    """A data set's name and fingerprint, on which the names of runs depend."""
 
     name: str
     fingerprint: str = ""
 
 
 def load_records(folder: Path) -> ByName:
-    """{run's name: record} of all runs in a folder but those on built-in samples. Raises
+    """{run's name: record} of the runs in a folder, without those on built-in samples. Raises
     UserError."""
     records = {path.stem: utils.load_record(path) for path in sorted(folder.glob("*.json"))}
     return {name: r for name, r in records.items() if r["data"]["name"] != "sample"}
 
 
 def choose_dataset(question: ModuleType, experiment: Experiment, records: ByName) -> Dataset:
-    """The data of an experiment: of those with its name, those of the most records, so that data
-    are not mixed; without a fingerprint if there are no records."""
+    """The data set of an experiment: among those with its name, the one of the most records, so
+    that data sets are not mixed; without a fingerprint if there are no records."""
     name = experiment.data or question.DATA_NAME
     counts = Counter(Dataset(**record["data"]) for record in records.values())
     return max((d for d in counts if d.name == name), key=counts.get, default=Dataset(name))
@@ -116,9 +116,8 @@ def configurations(question: ModuleType, experiment: Experiment, seeds: int) -> 
 def run_names(question: ModuleType, args: Namespace, dataset: Dataset) -> list[str]:
     """The names of the runs whose record counts as that of these arguments, the preferred first:
     bfloat16 is slower than float32 on some processors, so either will do."""
-    versions = [args]
-    if is_bfloat16(args):
-        versions.append(Namespace(**vars(args) | {"precision": "float32"}))
+    precisions = ("bfloat16", "float32") if is_bfloat16(args) else ()
+    versions = [Namespace(**vars(args) | {"precision": p}) for p in precisions] or [args]
     return [question.script.make_run(version, dataset).name for version in versions]
 
 
@@ -134,16 +133,16 @@ def is_finished(question: ModuleType, record: Record) -> bool:
 
 
 def find_records(question: ModuleType, records: ByName) -> Records:
-    """The finished records of a question's experiments; names the others on stderr."""
+    """The finished records of a question's experiments; unfinished ones are named on stderr."""
     found, unfinished = {}, {}
     for experiment in question.EXPERIMENTS:
         found[experiment.label] = []
         dataset = choose_dataset(question, experiment, records)
         for args in configurations(question, experiment, len(SEEDS)):
-            there = [name for name in run_names(question, args, dataset) if name in records]
-            finished = [name for name in there if is_finished(question, records[name])]
+            names = [name for name in run_names(question, args, dataset) if name in records]
+            finished = [name for name in names if is_finished(question, records[name])]
             found[experiment.label] += [records[name] for name in finished[:1]]
-            unfinished |= dict.fromkeys([] if finished else there)
+            unfinished |= dict.fromkeys([] if finished else names)
     for name in unfinished:
         print(f"{name}: left out, its record lacks scores; --train completes it", file=sys.stderr)
     return found
@@ -173,8 +172,8 @@ def missing_jobs(question: ModuleType, options: Namespace, records: ByName) -> l
 def adapt(
     question: ModuleType, experiment: Experiment, args: Namespace, options: Namespace
 ) -> Namespace:
-    """The arguments with the command line's folders, device, jobs, ..., and in float32 if bfloat16
-    is slower here."""
+    """The arguments with the command line's folders, device, jobs, ..., and with float32 if this
+    processor computes bfloat16 more slowly."""
     given = {name: value for name, value in vars(options).items() if name in args}
     if experiment.data:
         given["data_dir"] = question.script.DATA_DIR / experiment.data
@@ -184,8 +183,8 @@ def adapt(
 
 
 def list_jobs(question: ModuleType, jobs: list[Job], found: Records) -> None:
-    """Print the jobs' commands and, by the records found, the hours they take; an ensemble, whose
-    members have jobs of their own, takes none."""
+    """Print the jobs' commands and an estimate of their hours from the records found; an ensemble
+    takes no time, for its members have their own jobs."""
     seconds = {
         label: [common.seconds_per_epoch(run) for run in runs if run["history"]]
         for label, runs in found.items()
@@ -201,8 +200,8 @@ def list_jobs(question: ModuleType, jobs: list[Job], found: Records) -> None:
 
 
 def train(question: ModuleType, jobs: list[Job], options: Namespace, records: ByName) -> list[str]:
-    """Train runs side by side, those on the same data at once and ensembles last, and analyse
-    them. A run that fails does not stop the others; returns the errors."""
+    """Train runs side by side, one data set after the other and ensembles last, and analyse them.
+    A run that fails does not stop the others; returns the errors."""
 
     def is_trained(run, args):
         record = utils.finished_record(run)
@@ -230,8 +229,7 @@ def train(question: ModuleType, jobs: list[Job], options: Namespace, records: By
 
 
 def load_data(question: ModuleType, job: Job, records: ByName) -> Any:
-    """The data that a job needs: real, and those of the records, if any. Raises UserError if others
-    are there."""
+    """A job's data: no sample, and those of the records, if any. Raises UserError otherwise."""
     experiment, args = job
     data, dataset = question.script.load_data(args), choose_dataset(question, experiment, records)
     if data.name != dataset.name or dataset.fingerprint not in ("", data.fingerprint):
@@ -242,7 +240,7 @@ def load_data(question: ModuleType, job: Job, records: ByName) -> Any:
 
 
 def store_analysis(question: ModuleType, args: Namespace, data: Any, device: Any) -> None:
-    """Complete the record of a trained run by what only the report measures."""
+    """Add the report's analysis to the record of a trained run."""
     path = question.script.make_run(args, data).record
     record = utils.load_record(path)
     if question.is_scored(record) and "analysis" not in record:
@@ -282,25 +280,24 @@ def write_report(folder: Path, figure_format: str) -> None:
 
 
 def trials_table(key: str, folder: Path) -> str | None:
-    """What a question's trials changed, against the first of them, and their scores. Their options
-    may be gone: the code of the commit has them. They need not have been tested."""
+    """The arguments that a question's trials changed, relative to the first trial, and the scores.
+    The scripts may no longer have these options: the code of the commit has them."""
     question, paths = QUESTIONS[key], folder.glob(f"{key}-*.json")
     records = sorted(map(utils.load_record, paths), key=lambda r: r["measured"]["date"])
     defaults = vars(question.script.parse_args([]))
     arguments = [defaults | r["arguments"] | {"data": r["data"]["name"]} for r in records]
     scores = [{} if "diverged_in_epoch" in r else question.trial_scores(r) for r in records]
     columns = max(scores, key=len, default={})
-    rows = [
-        [changes(arguments[0], own) or "–", *(row.get(column, "diverged") for column in columns)]
-        for own, row in zip(arguments, scores)
-    ]
-    for row, record in zip(rows, records):
-        row.append(record["measured"].get("commit") or "–")
+    rows = []
+    for record, changed, row in zip(records, arguments, scores):
+        cells = (row.get(column, "diverged") for column in columns)
+        commit = record["measured"].get("commit") or "–"
+        rows.append([changes(arguments[0], changed) or "–", *cells, commit])
     return markdown_table(["changed", *columns, "commit"], rows)
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What differs in arguments, 'name value' each, by the values of the latter."""
+    """The arguments that differ, as text: 'name value, ...' with the values of `after`."""
     texts = {
         name: " ".join(value) or "none" if isinstance(value, list) else value
         for name, value in after.items()

@@ -62,52 +62,55 @@ BUDGETS = {
     for model in ("cnn", "resnet")
     for epochs in (1, 2, 4, 8, 16)
 }
-EXPERIMENTS = (
-    Experiment("plain, rate 0.1", "-no_batch_norm -learning_rate 0.1"),
-    Experiment(PLAIN, "-no_batch_norm -learning_rate 0.01"),
-    Experiment("plain, rate 0.001", "-no_batch_norm -learning_rate 0.001"),
-    Experiment(VARIANT, "-learning_rate 0.01"),
-    Experiment("plain, rate 0.1, scrambled", "-no_batch_norm -learning_rate 0.1 -scramble_pixels"),
-    Experiment("plain, scrambled", "-no_batch_norm -scramble_pixels"),
-    Experiment(
-        "plain, rate 0.001, scrambled", "-no_batch_norm -learning_rate 0.001 -scramble_pixels"
-    ),
-    Experiment("batch norm + pooling, scrambled", "-scramble_pixels"),
-    Experiment(KEPT, "-last_batch keep", 3, "all"),
-    Experiment("batch norm, flattened", "-head flatten", 2, "all"),
-    Experiment("pooling without batch norm", "-no_batch_norm -head gap", 2, "all"),
-    Experiment("plain, dropout 0.3", "-no_batch_norm -dropout 0.3", 2, "all"),
-    Experiment("plain, weight decay 0.0005", "-no_batch_norm -l2_decay 0.0005", 2, "all"),
-    Experiment("kernels 3x3, max pooling", SHORT, 2, "all"),
-    Experiment("kernels 5x5", f"{SHORT} -kernel_size 5", 2, "all"),
-    Experiment("kernels 7x7", f"{SHORT} -kernel_size 7", 2, "all"),
-    Experiment("two 3x3 per block", f"{SHORT} -convs 2", 2, "all"),
-    Experiment("one 48x48", f"{SHORT} -kernel_size 48", 2, "all"),
-    Experiment("average pooling", f"{SHORT} -pool avg", 2, "all"),
-    Experiment("strided convolutions", f"{SHORT} -pool stride", 2, "all"),
-    Experiment("no pooling", f"{SHORT} -pool none", 2, "all"),
-    *(
-        Experiment(
-            f"{name}, {pixels}",
-            f"{SHORT} -schedule one_cycle -no_batch_norm {more} -pixels {pixels}",
-            3,
-            "all",
-        )
+ARGUMENTS = {  # (group, seeds): {label: arguments}
+    ("report", 3): {
+        "plain, rate 0.1": "-no_batch_norm -learning_rate 0.1",
+        PLAIN: "-no_batch_norm -learning_rate 0.01",
+        "plain, rate 0.001": "-no_batch_norm -learning_rate 0.001",
+        VARIANT: "-learning_rate 0.01",
+        "plain, rate 0.1, scrambled": "-no_batch_norm -learning_rate 0.1 -scramble_pixels",
+        "plain, scrambled": "-no_batch_norm -scramble_pixels",
+        "plain, rate 0.001, scrambled": "-no_batch_norm -learning_rate 0.001 -scramble_pixels",
+        "batch norm + pooling, scrambled": "-scramble_pixels",
+    },
+    ("all", 2): {
+        "batch norm, flattened": "-head flatten",
+        "pooling without batch norm": "-no_batch_norm -head gap",
+        "plain, dropout 0.3": "-no_batch_norm -dropout 0.3",
+        "plain, weight decay 0.0005": "-no_batch_norm -l2_decay 0.0005",
+        "kernels 3x3, max pooling": SHORT,
+        "kernels 5x5": f"{SHORT} -kernel_size 5",
+        "kernels 7x7": f"{SHORT} -kernel_size 7",
+        "two 3x3 per block": f"{SHORT} -convs 2",
+        "one 48x48": f"{SHORT} -kernel_size 48",
+        "average pooling": f"{SHORT} -pool avg",
+        "strided convolutions": f"{SHORT} -pool stride",
+        "no pooling": f"{SHORT} -pool none",
+    },
+    ("all", 3): {
+        f"{name}, {pixels}": f"{SHORT} -schedule one_cycle -no_batch_norm {more} -pixels {pixels}"
         for name, more in LOCALITY.items()
         for pixels in script.PIXELS
-    ),
-    Experiment(ORIGINAL_10, SHORT_BFLOAT16, 3, "beyond"),
-    *(Experiment(name, f"{SHORT_BFLOAT16} {more}", 3, "beyond") for name, more in ADDED.items()),
-    Experiment(BEST, RECIPE_BEST, 5, "beyond"),
-    Experiment(NOT_ERASED, f"{RECIPE_BEST} -augment flip crop", 5, "beyond"),
-    Experiment(RESNET_20, f"{RECIPE_BEST_20} -augment flip crop -model resnet", 3, "beyond"),
-    Experiment(BEST_RESNET, f"{RECIPE_BEST} -model resnet", 3, "beyond"),
-    Experiment(BEST_20, RECIPE_BEST_20, 3, "beyond"),
-    *(Experiment(name, f"{RECIPE_BEST_20} {more}", 3, "beyond") for name, more in LEFT_OUT.items()),
-    *(
-        Experiment(label, f"{RECIPE_BEST} -model {model} -epochs {epochs}", 3, "beyond")
-        for (model, epochs), label in BUDGETS.items()
-    ),
+    }
+    | {KEPT: "-last_batch keep"},
+    ("beyond", 5): {BEST: RECIPE_BEST, NOT_ERASED: f"{RECIPE_BEST} -augment flip crop"},
+    ("beyond", 3): {
+        ORIGINAL_10: SHORT_BFLOAT16,
+        **{label: f"{SHORT_BFLOAT16} {more}" for label, more in ADDED.items()},
+        RESNET_20: f"{RECIPE_BEST_20} -augment flip crop -model resnet",
+        BEST_RESNET: f"{RECIPE_BEST} -model resnet",
+        BEST_20: RECIPE_BEST_20,
+        **{label: f"{RECIPE_BEST_20} {more}" for label, more in LEFT_OUT.items()},
+        **{
+            label: f"{RECIPE_BEST} -model {model} -epochs {epochs}"
+            for (model, epochs), label in BUDGETS.items()
+        },
+    },
+}
+EXPERIMENTS = tuple(
+    Experiment(label, arguments, seeds, group)
+    for (group, seeds), experiments in ARGUMENTS.items()
+    for label, arguments in experiments.items()
 )
 ORIGINAL = {  # its validation and test accuracies
     "plain, rate 0.1": (0.5684, 0.5743),
@@ -117,13 +120,9 @@ ORIGINAL = {  # its validation and test accuracies
     "plain, scrambled": (0.7293, 0.6970),
     "batch norm + pooling, scrambled": (0.7528, 0.7460),
 }
-NETWORKS = {
-    "Plain network": {"batch_norm": False, "head": "flatten"},
-    "Batch norm + global average pooling": {"batch_norm": True, "head": "gap"},
-}
 # The original counts the parameters of all layers but the output layer and the last batch norm.
 ORIGINAL_LAYERS = 896, 18_496, 73_856, 64, 128, 256, 132_096, 4_719_616, 524_800
-ORIGINAL_TOTALS = dict(zip(NETWORKS, (5_340_160, 752_640)))
+ORIGINAL_TOTALS = dict(zip(script.NETWORKS, (5_340_160, 752_640)))
 RATES = "plain, rate 0.1", PLAIN, "plain, rate 0.001"
 SCRAMBLED = "plain, scrambled", PLAIN, "batch norm + pooling, scrambled", VARIANT
 CHANGES = PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
@@ -132,27 +131,22 @@ KERNELS = "kernels 3x3, max pooling", "kernels 5x5", "kernels 7x7", "two 3x3 per
 POOLS = "kernels 3x3, max pooling", "average pooling", "strided convolutions", "no pooling"
 SHIFTED = PLAIN, "pooling without batch norm", VARIANT
 MAIN_RESULTS = VARIANT, BEST_20, NOT_ERASED, BEST, RESNET_20, BEST_RESNET
-LINE_STYLES = {  # of an experiment, the same in every figure
-    "plain, rate 0.1": {"color": utils.ORANGE},
-    PLAIN: {"color": utils.BLUE},
-    "plain, rate 0.001": {"color": utils.SKY, "linestyle": "--"},
-    VARIANT: {"color": utils.VERMILION},
-    KEPT: {"color": "0.4", "linestyle": "--"},
-    "plain, scrambled": {"color": utils.BLUE, "linestyle": "--"},
-    "batch norm + pooling, scrambled": {"color": utils.VERMILION, "linestyle": "--"},
-    "batch norm, flattened": {"color": utils.GREEN, "linestyle": "-."},
-    "pooling without batch norm": {"color": utils.PURPLE, "linestyle": ":"},
-    "kernels 3x3, max pooling": {"color": utils.VERMILION},
-    "average pooling": {"color": utils.ORANGE, "linestyle": "--"},
-    "strided convolutions": {"color": utils.SKY, "linestyle": "-."},
-    "no pooling": {"color": "0.4", "linestyle": ":"},
-    BEST_20: {"color": utils.SKY},
-    BEST: {"color": utils.BLUE},
-    NOT_ERASED: {"color": utils.PURPLE},
-    RESNET_20: {"color": utils.ORANGE},
-    BEST_RESNET: {"color": utils.GREEN},
-    UNSMOOTHED: {"color": utils.ORANGE, "linestyle": "--"},
-}
+LINE_STYLES = {  # the same in every figure
+    label: {"color": color, "linestyle": line}
+    for label, color, line in (
+        ("plain, rate 0.1", utils.ORANGE, "-"), (PLAIN, utils.BLUE, "-"),
+        ("plain, rate 0.001", utils.SKY, "--"), ("plain, scrambled", utils.BLUE, "--"),
+        (VARIANT, utils.VERMILION, "-"), (KEPT, "0.4", "--"),
+        ("batch norm + pooling, scrambled", utils.VERMILION, "--"),
+        ("batch norm, flattened", utils.GREEN, "-."),
+        ("pooling without batch norm", utils.PURPLE, ":"),
+        ("kernels 3x3, max pooling", utils.VERMILION, "-"), ("no pooling", "0.4", ":"),
+        ("average pooling", utils.ORANGE, "--"), ("strided convolutions", utils.SKY, "-."),
+        (BEST_20, utils.SKY, "-"), (UNSMOOTHED, utils.ORANGE, "--"), (BEST, utils.BLUE, "-"),
+        (NOT_ERASED, utils.PURPLE, "-"), (RESNET_20, utils.ORANGE, "-"),
+        (BEST_RESNET, utils.GREEN, "-"),
+    )
+}  # fmt: skip
 
 
 def is_scored(record: Record) -> bool:
@@ -168,18 +162,13 @@ SIZES = 32, 48, 64, 96  # pixels
 
 
 def analyse(args: Namespace, data: utils.Landscapes, device: torch.device) -> dict[str, Any]:
-    """Measure the finished network of these arguments, all without test-time augmentation but for
-    its calibration.
-
-    Returns classification_metrics of the training images under 'train', calibration_metrics,
-    and, if the pixels are in order, 'shifted' and, of networks that take images of any size,
-    'sizes': the accuracies on shifted and on resized test images.
+    """Measure the finished network of these arguments: 'train', classification_metrics of the
+    training images; calibration_metrics, with test-time augmentation; and, if the pixels are in
+    order, 'shifted' and, for networks that take images of any size, 'sizes', test accuracies.
     """
-    run = script.make_run(args, data)
-    model, args, _ = script.load_network(run.checkpoint, device)
-    training, test = (
-        script.to_device(*data.splits[split], device, args) for split in ("train", "test")
-    )
+    model, args, _ = script.load_network(script.make_run(args, data).checkpoint, device)
+    training = script.to_device(*data.splits["train"], device, args)
+    test = script.to_device(*data.splits["test"], device, args)
     log_probs = script.predict(model, test[0], args.tta)
     analysis = {"train": script.evaluate(model, *training)}
     analysis |= calibration_metrics(log_probs, test[1].cpu(), label_conflicts(test, training))
@@ -218,14 +207,13 @@ def calibration_metrics(
     calibration = []
     for i in range(bins):
         inside = indices.clamp(max=bins - 1) == i
-        means = [
-            x[inside].mean().item() if inside.any() else None for x in (probabilities, correct)
-        ]
-        calibration.append([inside.sum().item(), *means])
+        means = (x[inside].mean().item() for x in (probabilities, correct))
+        calibration.append([inside.sum().item(), *(means if inside.any() else (None, None))])
     confident, errors = probabilities >= threshold, conflicts & (predicted != labels)
+    confusion = script.classification_metrics(log_probs[confident], labels[confident])["confusion"]
     return {
         "calibration": calibration,
-        "confident": script.confusion_matrix(log_probs[confident], labels[confident]).tolist(),
+        "confident": confusion,
         "label_conflicts": [x.sum().item() for x in (conflicts, errors, errors & confident)],
     }
 
@@ -248,11 +236,10 @@ def size_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
     """{size: accuracy} on images resized to size x size pixels, antialiased, for all SIZES."""
     accuracies = {}
     for size in SIZES:
-        resize = {"size": (size, size), "mode": "bilinear", "antialias": True}
         correct = 0
         for x, y in zip(images.split(16), labels.cpu().split(16)):  # feature maps may be large
-            resized = F.interpolate(x.float(), **resize).round()
-            correct += (script.predict(model, resized).argmax(1) == y).sum().item()
+            x = F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True).round()
+            correct += (script.predict(model, x).argmax(1) == y).sum().item()
         accuracies[str(size)] = correct / len(labels)
     return accuracies
 
@@ -274,7 +261,7 @@ def accuracy_without_tta(record: Record, split: str = "test") -> float:
 
 
 def accuracy_gap(record: Record) -> float:
-    """How much training accuracy exceeds validation accuracy."""
+    """Training accuracy minus validation accuracy."""
     return accuracy(record, "train") - accuracy(record, "val")
 
 
@@ -297,12 +284,12 @@ def recalls(record: Record) -> dict[str, float]:
 
 
 def shifted(record: Record) -> dict[str, float]:
-    """Test accuracies on images shifted by 0, 1, ... pixels; the first records have none."""
+    """Test accuracies on images shifted by 0, 1, ... pixels; {} for the oldest records."""
     return {f"{i} pixels": value for i, value in enumerate(record["analysis"].get("shifted", []))}
 
 
 def resized(record: Record) -> dict[str, float]:
-    """Test accuracies of pooled networks on images of other sizes than in training."""
+    """Test accuracies of networks with global average pooling on images of other sizes."""
     return {f"{size} pixels": value for size, value in record["analysis"]["sizes"].items()}
 
 
@@ -314,7 +301,7 @@ def calibration_error(record: Record) -> float:
 
 
 def resample_accuracy(record: Record, random: np.random.Generator, split: str) -> float:
-    """The accuracy on as many images of a split, drawn from them with replacement."""
+    """The accuracy on a bootstrap sample of a split's images."""
     confusion = torch.tensor(record["final"][split]["confusion"])
     count = int(confusion.sum())
     return random.binomial(count, int(confusion.trace()) / count) / count
@@ -334,13 +321,12 @@ def receptive_field(model: nn.Module) -> int:
 
 def multiply_adds(model: nn.Module) -> int:
     """The multiply-adds of one image's forward pass."""
-    total, layers = 0, dict(model.named_modules())
-    for name, shape, _, _ in script.parameter_table(model):
-        if isinstance(layers[name], nn.Conv2d):
-            total += layers[name].weight[0].numel() * math.prod(shape)
-        elif isinstance(layers[name], nn.Linear):
-            total += layers[name].weight.numel()
-    return total
+    outputs = {name: math.prod(shape) for name, shape, _, _ in script.parameter_table(model)}
+    return sum(
+        outputs[name] * layer.weight[0].numel()  # weight[0]: what one output is computed from
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -371,7 +357,7 @@ def values_of(column: str, records: list[Record]) -> list[float]:
 
 
 def cell(column: str, runs: list[Record]) -> str:
-    """What a column of a table says of an experiment's runs."""
+    """The entry of an experiment's runs in a column of a table."""
     if column in MEASURES:
         return mean_sd(values_of(column, runs))
     if column == "parameters":
@@ -426,7 +412,7 @@ def accuracy_table(records: Records, labels: Iterable[str]) -> str | None:
 
 
 def gains_table(records: Records, base: str, labels: Iterable[str]) -> str | None:
-    """Accuracies of an experiment, and what others, each with one ingredient more or less, gain."""
+    """Accuracies of a base experiment, and of those with one ingredient changed, with gains."""
     rows, columns = [], (LATE, "validation", "test")
     for label in (base, *labels):
         if runs := scored(records[label]):
@@ -452,44 +438,41 @@ def vector_table(
 
 
 def totals_table() -> str:
-    """How the original came to its two totals of parameters: without the output layer, and, of the
-    plain network, with the batch norms that only the other network has."""
-    counts, norms, rows = {}, {}, []
-    for title, shape in NETWORKS.items():
-        counts[title] = {name: n for name, _, _, n in script.parameter_table(script.CNN(**shape))}
-        norms[title] = sum(n for name, n in counts[title].items() if "norm" in name)
-    for title, layers in counts.items():
-        total, output = sum(layers.values()), layers["fc3"]
-        absent = max(norms.values()) - norms[title]
-        numbers = total, -output, absent, total - output + absent, ORIGINAL_TOTALS[title]
+    """How the original counted its totals of parameters: without the output layer, but with the
+    batch norm of the other network."""
+    tables = [script.parameter_table(script.CNN(**shape)) for shape in script.NETWORKS.values()]
+    norms, rows = [sum(row[-1] for row in table if "norm" in row[0]) for table in tables], []
+    for (title, original), table, norm in zip(ORIGINAL_TOTALS.items(), tables, norms):
+        total, output, absent = sum(row[-1] for row in table), table[-1][-1], max(norms) - norm
+        numbers = total, -output, absent, total - output + absent, original
         rows.append([title, *(f"{number:,}" for number in numbers)])
     head = "network", "trainable parameters", "output layer", "batch norm that it does not have"
     return markdown_table((*head, "sum", "original"), rows)
 
 
 def parameters_table(title: str) -> str:
-    """The parameters of one of NETWORKS, layer by layer."""
-    model = script.CNN(**NETWORKS[title])
+    """The parameters of one of the script's NETWORKS, layer by layer."""
+    model = script.CNN(**script.NETWORKS[title])
     original = {count: f"{count:,}" for count in ORIGINAL_LAYERS}
     rows = [
         (name, " x ".join(map(str, shape)), formula, f"{count:,}", original.get(count, "–"))
         for name, shape, formula, count in script.parameter_table(model)
     ]
-    totals = f"**{utils.count_parameters(model):,}**", f"**{ORIGINAL_TOTALS[title]:,}**"
-    rows.append(("**all**", "", "", *totals))
+    totals = utils.count_parameters(model), ORIGINAL_TOTALS[title]
+    rows.append(("**all**", "", "", *(f"**{total:,}**" for total in totals)))
     return markdown_table(["layer", "output shape", "formula", "parameters", "original"], rows)
 
 
 def mean_errors(runs: list[Record]) -> tuple[Tensor, Tensor]:
-    """The mean over runs of the test images' confusion matrix without its diagonal, and of that of
-    confident predictions."""
-    every = torch.tensor([run["final"]["test"]["confusion"] for run in runs]).float()
-    confident = torch.tensor([run["analysis"]["confident"] for run in runs]).float()
-    return every.mean(0).fill_diagonal_(0), confident.mean(0).fill_diagonal_(0)
+    """Mean confusion matrices over runs without their diagonals: of all test images, and of those
+    with confident predictions."""
+    every = [run["final"]["test"]["confusion"] for run in runs]
+    confident = [run["analysis"]["confident"] for run in runs]
+    return tuple(torch.tensor(m).float().mean(0).fill_diagonal_(0) for m in (every, confident))
 
 
 def errors_table(records: list[Record], rows_shown: int = 8) -> str | None:
-    """The pairs of classes that are confused most often, and how often confidently."""
+    """The most frequently confused pairs of classes, with the number of confident errors."""
     if not (runs := scored(records)):
         return None
     every, confident = mean_errors(runs)
@@ -503,7 +486,7 @@ def errors_table(records: list[Record], rows_shown: int = 8) -> str | None:
 
 
 def count_errors(records: list[Record]) -> str | None:
-    """The numbers of errors, of confident ones, and of those by conflicting labels, as text."""
+    """A sentence each on errors, confident errors and errors due to conflicting labels."""
     if not (runs := scored(records)):
         return None
     every, confident = (errors.sum() for errors in mean_errors(runs))
@@ -518,7 +501,7 @@ def count_errors(records: list[Record]) -> str | None:
 
 
 def trial_scores(record: Record) -> dict[str, str]:
-    """The scores by which a trial is compared."""
+    """The scores in the table of trials."""
     return {
         "validation, without test-time augmentation": f"{accuracy_without_tta(record, 'val'):.3f}",
         "with test-time augmentation": f"{accuracy(record, 'val'):.3f}",
@@ -533,7 +516,7 @@ def trial_scores(record: Record) -> dict[str, str]:
 
 
 def draw_curves(records: Records, labels: Iterable[str], *columns: str) -> Figure | None:
-    """A panel over epochs for each of these columns of the history."""
+    """Curves over epochs, a panel for each of these columns of the history."""
     titles = {"train_loss": "Training loss (nats)", "val_accuracy": "Validation accuracy"}
     rows = len(columns)
     fig, panels = utils.new_figure(5.0, 0.6 + 2.3 * rows, rows, 1, sharex=True, squeeze=False)
@@ -549,8 +532,7 @@ def draw_curves(records: Records, labels: Iterable[str], *columns: str) -> Figur
 
 
 def draw_size(records: Records) -> Figure | None:
-    """Accuracy, convergence and time of the plain network, the variant and each change alone,
-    against their parameters; a mark per run."""
+    """Accuracy, convergence and time of CHANGES against their parameters; a mark per run."""
     titles = "Validation accuracy,\nlate epochs", "First epoch at .75", "Seconds per epoch"
     measures = late_epoch_accuracy, first_epoch, common.seconds_per_epoch
     fig, panels = utils.new_figure(5.0, 6.0, 3, 1, sharex=True)
@@ -563,16 +545,14 @@ def draw_size(records: Records) -> Figure | None:
             style = {"color": LINE_STYLES[label]["color"], "markersize": 5, "alpha": 0.8}
             axes.plot(sizes, values, marker, label=common.with_seeds(label, runs), **style)
         axes.set(ylabel=title, xlim=(0, 6))
-    panels[1].set_ylim(0, None)
-    panels[2].set_ylim(0, None)
-    panels[2].set(xlabel="Parameters (millions)")
+    panels[1].set(ylim=(0, None))
+    panels[2].set(ylim=(0, None), xlabel="Parameters (millions)")
     common.legend_above(fig, panels[0])
     return fig if labels else None
 
 
 def draw_overfitting(records: Records) -> Figure | None:
-    """Training and validation accuracy of the plain network, regularised or not, and the
-    variant."""
+    """Training and validation accuracy of REGULARISED, a panel for each."""
     labels = [label for label in REGULARISED if common.curves(records[label], "val_accuracy")]
     if not labels:
         return None
@@ -581,14 +561,12 @@ def draw_overfitting(records: Records) -> Figure | None:
     for axes in panels.flat[len(labels) :]:
         axes.axis("off")
     for axes, label in zip(panels.flat, labels):
-        training, validation = (
-            common.curves(records[label], column) for column in ("train_accuracy", "val_accuracy")
-        )
+        training = common.curves(records[label], "train_accuracy")
+        validation = common.curves(records[label], "val_accuracy")
         common.plot_bands(axes, training, "training", color=utils.VERMILION, linestyle="--")
         common.plot_bands(axes, validation, "validation", color=utils.BLUE, linestyle="-")
-        axes.set_title(
-            common.with_seeds(label, training).replace(" (", "\n(")
-        )  # or neighbours touch
+        title = common.with_seeds(label, training).replace(" (", "\n(")  # or neighbours touch
+        axes.set_title(title)
     fig.supxlabel("Epoch", fontsize=9)
     fig.supylabel("Accuracy", fontsize=9)
     common.legend_above(fig, panels[0][0])
@@ -596,7 +574,7 @@ def draw_overfitting(records: Records) -> Figure | None:
 
 
 def draw_shifted(records: Records) -> Figure | None:
-    """The change of test accuracy as the images are shifted."""
+    """The change of test accuracy on shifted images."""
     titles = "after 40 epochs", "after 10 epochs, batch norm and global average pooling"
     fig, panels = utils.new_figure(5.0, 6.0, 2, 1, sharex=True, sharey=True)
     for axes, labels, title in zip(panels, (SHIFTED, POOLS), titles):
@@ -613,7 +591,7 @@ def draw_shifted(records: Records) -> Figure | None:
 
 
 def draw_scrambled(records: Records) -> Figure:
-    """An image as it is and as the course's loader passed it on; accuracies with both."""
+    """An image in order and scrambled, and validation accuracies with both orders."""
     fig, grid = utils.new_figure(5.0, 5.2, 2, 2, height_ratios=(1, 1.5))
     image = torch.from_numpy(sample.draw_landscape("mountain", np.random.default_rng(1)))
     scrambled = script.scramble_pixels(image.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
@@ -625,8 +603,7 @@ def draw_scrambled(records: Records) -> Figure:
     for axes in grid[1]:
         axes.remove()
     for label in SCRAMBLED:
-        style = LINE_STYLES[label]
-        common.plot_experiment(below, records[label], "val_accuracy", label, **style)
+        common.plot_experiment(below, records[label], "val_accuracy", label, **LINE_STYLES[label])
     below.set(xlabel="Epoch", ylabel="Validation accuracy")
     common.legend_above(fig, below)
     return fig
@@ -658,28 +635,25 @@ def draw_main_results(records: Records) -> Figure | None:
     common.plot_against_time(axes, points, LINE_STYLES)
     original = ORIGINAL[VARIANT][1]
     axes.axhline(original, color="0.4", linestyle="--", label=f"original, {original:.4f}")
-    axes.set(xlabel="Training time (minutes)", ylabel="Test accuracy")
-    axes.set_xlim(0, None)
+    axes.set(xlabel="Training time (minutes)", ylabel="Test accuracy", xlim=(0, None))
     common.legend_above(fig, axes)
     return fig if points else None
 
 
 def draw_calibration(records: Records) -> Figure | None:
     """Accuracy against the probability of the predicted class."""
-    names = {UNSMOOTHED: UNSMOOTHED, BEST_20: "with label smoothing"}
-    names = {label: name for label, name in names.items() if scored(records[label])}
     fig, axes = utils.new_figure(4.2, 3.6)
     axes.plot([0.2, 1], [0.2, 1], color="0.6", linestyle=":", label="perfect calibration")
-    for label, name in names.items():
-        runs = scored(records[label])
-        bins = zip(*(run["analysis"]["calibration"] for run in runs))
-        means = [mean for rows in bins if (mean := mean_of_bin(rows))]
-        error = statistics.mean(map(calibration_error, runs))
-        name = f"{common.with_seeds(name, runs)}, calibration error {error:.3f}"
-        axes.plot(*zip(*means), marker="o", markersize=4, label=name, **LINE_STYLES[label])
+    for label, name in {UNSMOOTHED: UNSMOOTHED, BEST_20: "with label smoothing"}.items():
+        if runs := scored(records[label]):
+            bins = zip(*(run["analysis"]["calibration"] for run in runs))
+            means = [mean for rows in bins if (mean := mean_of_bin(rows))]
+            error = statistics.mean(map(calibration_error, runs))
+            name = f"{common.with_seeds(name, runs)}, calibration error {error:.3f}"
+            axes.plot(*zip(*means), marker="o", markersize=4, label=name, **LINE_STYLES[label])
     axes.set(xlabel="Probability of the predicted class", ylabel="Accuracy")
     common.legend_above(fig, axes, 1)
-    return fig if names else None
+    return fig if len(axes.lines) > 1 else None
 
 
 def mean_of_bin(rows: Iterable[list], fewest: int = 20) -> tuple[float, float] | None:

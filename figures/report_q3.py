@@ -25,14 +25,14 @@ from figures.common import Experiment, Record, Records, markdown_table, mean_sd
 # experiments
 
 DATA_NAME = "pronunciations"
-P, K, BEAM_SIZE = 0.8, 3, 5  # by which all runs are scored
+P, K, BEAM_SIZE = 0.8, 3, 5  # the decoding settings of all runs
 DECODINGS = {"greedy": "greedy", "nucleus": f"nucleus, p = {P}", "beam": f"beam of {BEAM_SIZE}"}
 DECODING = f"--nucleus --beam_size {BEAM_SIZE}"
 PLAIN, ATTENTION = "no attention", "attention"
 TRAINED_BETTER, G2P = "attention, trained better", "pronunciation (g2p)"
 BEST, ENSEMBLE = "best recipe", "best recipe, ensemble of five"
 ALL, ALL_ENSEMBLE = "all of WikiPron", "all of WikiPron, ensemble of three"
-STEPS = {  # from the original's model with attention to the best recipe, each with those before it
+STEPS = {  # cumulative, from the original's model with attention to the best recipe
     "+ one cycle, 30 epochs": "--schedule one_cycle --n_epochs 30",
     "+ label smoothing": "--label_smoothing 0.1",
     "+ small embeddings": "--embedding_scale 0.1",
@@ -98,8 +98,7 @@ ORIGINAL_EXAMPLES = {  # word: the spellings that it sampled
 
 
 def is_scored(record: Record) -> bool:
-    """Whether a record has the final scores that the report compares: by all three ways of
-    decoding, with the same settings."""
+    """Whether a record has the scores of all three ways of decoding with the report's settings."""
     final = record.get("final", {})
     nucleus, beam = final.get("nucleus", {}), final.get("beam", {})
     settings = nucleus.get("p"), nucleus.get("k"), beam.get("size"), final.get("max_len")
@@ -113,17 +112,15 @@ N_CANDIDATES = 10  # of the WER@k curves
 
 
 def analyse(args: Namespace, data: utils.Pronunciations, device: torch.device) -> dict[str, Any]:
-    """Measure the finished model, or ensemble, of these arguments on the test words.
-
-    Returns 'lengths' of the words in symbols; 'curves', WER@k for k = 1 to 10 of 'nucleus'
-    samples and of a 'beam' of 10; and 'mistakes', count_edits of the greedy spellings.
-    """
+    """Measure the finished model, or ensemble, of these arguments on the test words: 'lengths', in
+    symbols; 'curves', WER@k for k = 1 to 10 of 'nucleus' samples and of a 'beam' of 10; and
+    'mistakes', count_edits of the greedy spellings."""
     if args.ensemble:
         speller = script.load_ensemble(args, data, device)
     else:
         speller, _, _ = script.load_speller(script.make_run(args, data).checkpoint, device)
-    data = script.swap_direction(data) if script.is_g2p(args) else data
-    pairs, split = speller.encode(data.splits["test"]), speller.target.split
+    pairs = speller.encode(script.directed_pairs(args, data, "test"))
+    split = speller.target.split
     true, ks = list(map(split, pairs.spellings)), range(1, N_CANDIDATES + 1)
     greedy = script.spellings(speller.greedy(pairs, args.max_len))
     how = N_CANDIDATES, script.make_generator(args, device), args.max_len
@@ -203,8 +200,8 @@ def training_minutes(records: Records, label: str) -> list[float]:
 
 
 def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None:
-    """The original's error rates, this report's, and whether the original's are inside the interval
-    of single runs. keys: of ORIGINAL."""
+    """Error rates of the original and of this report, for `keys` of ORIGINAL, and whether the
+    interval of single runs contains the original's."""
     rows = []
     for label, decoding in keys:
         runs = records[label]
@@ -222,22 +219,20 @@ def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None
 
 
 def example_table(runs: list[Record]) -> str | None:
-    """Ten words with the spellings sampled by the original and by the first run, correct ones in
-    bold."""
+    """Spellings of ten words sampled by the original and by the first run, correct ones in bold."""
 
     def mark(word, spellings):
         return ", ".join(f"**{s}**" if s == word else s for s in spellings)
 
+    examples = runs[0]["final"]["nucleus"]["examples"] if runs else []
     rows = [
-        [word, mark(word, ORIGINAL_EXAMPLES.get(word, "–")), mark(word, spellings)]
-        for run in runs[:1]
-        for word, spellings in run["final"]["nucleus"]["examples"]
+        [w, mark(w, ORIGINAL_EXAMPLES.get(w, "–")), mark(w, samples)] for w, samples in examples
     ]
     return markdown_table(["word", "original", "this report"], rows, text=3)
 
 
 def count_correct_examples(runs: list[Record]) -> str | None:
-    """A sentence: how many of the ten words are among the samples, here and in the original."""
+    """A sentence: how many of the ten words the samples contain, here and in the original."""
     if not runs:
         return None
     examples = (run["final"]["nucleus"]["examples"] for run in runs)
@@ -269,10 +264,8 @@ def edit_table(runs: list[Record], rows_shown: int = 12) -> str | None:
     for run in runs:
         for true, written, count in run["analysis"]["mistakes"]["common"]:
             counts[true, written] += count / len(runs)
-    rows = [
-        [a or "(nothing)", b or "(nothing)", f"{n:.0f}"]
-        for (a, b), n in counts.most_common(rows_shown)
-    ]
+    frequent, nothing = counts.most_common(rows_shown), "(nothing)"
+    rows = [[a or nothing, b or nothing, f"{n:.0f}"] for (a, b), n in frequent]
     return markdown_table(["correct", "written", "count"], rows, text=2)
 
 
@@ -367,8 +360,8 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
 def draw_lengths(
     records: Records, labels: Iterable[str], shortest: int = 3, longest: int = 14
 ) -> Figure | None:
-    """CER and WER, greedy, of test words by their length, the shorter and longer ones counted with
-    the shortest and the longest, and the number of words."""
+    """Greedy CER and WER, and the number of test words, against the words' length, which is clipped
+    to `shortest` and `longest`."""
     labels = [label for label in labels if records[label]]
     if not labels:
         return None
@@ -393,20 +386,17 @@ def draw_lengths(
 
 
 def draw_main_results(records: Records) -> Figure | None:
-    """Test CER and WER of the beam's first spelling against training time, a mark per run, and the
-    original's; None without runs beyond the original's."""
+    """Test CER and WER, beam search, against training time, a mark per run, and the original's;
+    None without runs beyond the original's."""
     shown = [label for label in MAIN_RESULTS if records[label]]
     if not set(shown) - {ATTENTION}:
         return None
     fig, panels = utils.new_figure(5.0, 6.0, 2, 1, sharex=True)
     for axes, measure, original in zip(panels, ("cer", "wer"), ORIGINAL[ATTENTION, "greedy"]):
-        points = {
-            label: (
-                training_minutes(records, label),
-                [error(run, "beam", measure) for run in records[label]],
-            )
-            for label in shown
-        }
+        points = {}
+        for label in shown:
+            errors = [error(run, "beam", measure) for run in records[label]]
+            points[label] = training_minutes(records, label), errors
         common.plot_against_time(axes, points, LINE_STYLES, MEMBERS)
         axes.axhline(original, color="0.4", linestyle="--", label="original, greedy")
         axes.set(ylabel=f"Test {measure.upper()}, beam of {BEAM_SIZE}", xscale="log")

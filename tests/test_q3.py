@@ -188,7 +188,8 @@ def test_attention_by_hand():
         torch.nn.init.zeros_(layer.bias)
     values = torch.tensor([[[c - 1], [-1.0]], [[0.5], [9.0]]])
     memory = hw2_q3.Memory(values, values, torch.tensor([[True, True], [True, False]]))
-    outputs, weights = attention(torch.tensor([[1.0], [1.0]]), torch.tensor([0, 1]), memory)
+    with torch.no_grad():  # torch 2.4 fails where only the weights of an embedding bag need one
+        outputs, weights = attention(torch.ones(2, 1), torch.tensor([0, 1]), memory)
     assert_close(weights, torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0]]))
     assert_close(outputs, torch.tensor([[2 * c / 3], [1.5]]).tanh())
 
