@@ -310,7 +310,7 @@ def train(args: Namespace) -> None:
     run = make_run(args, data)
     with utils.run_lock(run):
         if args.restart:
-            run.checkpoint.unlink(missing_ok=True)
+            utils.discard_checkpoint(run)
         elif record := utils.finished_record(run):
             print(f"{run.name} is finished; -restart retrains it", summary(record, "\n"), sep="\n")
             return
@@ -688,7 +688,7 @@ def add_network_options(group: Any) -> None:
         "of stride 2, or not at all (default: %(default)s)")
     pools("-no_maxpool", dest="pool", action="store_const", const="stride",
         help="the course's name for -pool stride")
-    add("-kernel_size", type=int, choices=(1, 3, 5, 7, 9, 11, SIZE), default=3,
+    add("-kernel_size", type=number(int, 1, SIZE), choices=(1, 3, 5, 7, 9, 11, SIZE), default=3,
         help=f"kernel size; {SIZE}: one convolution over the whole image (default: %(default)s)")
     add("-convs", type=number(int, 1, 4), default=1,
         help="convolutions per block (default: %(default)s)")

@@ -1096,7 +1096,7 @@ def validate_args(args: Namespace) -> None:
     # The mode is checked here: argparse would complain of it before it names an unknown option.
     if args.mode not in (None, "train", "test", "spell"):
         raise UserError(f"unknown mode {args.mode!r}; choose train, test or spell")
-    if args.checkpoint_name and not args.checkpoint_name.name:
+    if args.checkpoint_name and args.checkpoint_name.name in ("", ".."):
         raise UserError(f"--checkpoint_name {args.checkpoint_name} is a folder, not a file name")
     args.nucleus = args.nucleus or args.topp is not None
     args.topp = 0.8 if args.topp is None else args.topp

@@ -200,11 +200,19 @@ def to_argv(dash: str, arguments: dict[str, Any]) -> list[str]:
     return words
 
 
+USER_ERRNOS = errno.EPIPE, errno.ENOSPC, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run `main()`. A user's error ends with one line and status 2, an interrupt with 130."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # unless nohup ignores it
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure") and not stream.isatty():  # None if closed
+        if hasattr(stream, "reconfigure") and not stream.isatty():
             encoding = "utf-8-sig" if stream is sys.stdin else "utf-8"
             stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
@@ -222,13 +230,15 @@ def run_script(main: Callable[[], None]) -> None:
         message = f"error: out of memory; reduce batch size or network ({one_line(error)})"
         status = 2
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno not in USER_ERRNOS:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if error.errno in (errno.EPIPE, errno.ENOSPC):  # of the output, which is flushed at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # as in `... | head`
             sys.exit(1)
-        message, status = f"error: cannot write the output ({one_line(error)})", 2
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        where = error.filename or "cannot write the output"
+        message, status = f"error: {where} ({one_line(error)})", 2
+    print(f"{Path(sys.argv[0]).name}: {printable(message)}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -598,14 +608,21 @@ def load_record(path: Path) -> dict[str, Any]:
         if not path.exists():
             return {}
         record = json.loads(path.read_text(encoding="utf-8"))
-        if not _has(record, command=str, arguments=dict, data=dict, history=dict, measured=dict):
-            raise ValueError("parts are missing")
+        _check_parts(record, command=str, arguments=dict, data=dict, history=dict, measured=dict)
         return record
 
 
-def _has(data: Any, /, **kinds: type) -> bool:
-    """Whether `data` is a dictionary that has these names, with values of these types."""
-    return isinstance(data, dict) and all(isinstance(data.get(k), t) for k, t in kinds.items())
+def _check_parts(content: Any, /, **kinds: type) -> None:
+    """Raise ValueError unless a record or checkpoint has parts of these types."""
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(name), kind) for name, kind in kinds.items()
+    ):
+        raise ValueError("parts are missing")
+    data = content["data"]
+    if data.keys() != {"name", "fingerprint"} or not all(map(str.isprintable, data.values())):
+        raise ValueError("its data are not named")
+    if len(set(map(len, content["history"].values()))) > 1:
+        raise ValueError("its history is incomplete")
 
 
 def new_record(
@@ -701,10 +718,12 @@ def load_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
             if part := file.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"wrong checksum of {part}")
         content = torch.load(path, map_location=device, weights_only=True)
-    kinds = {"command": str, "arguments": dict, "data": dict, "training_version": int}
-    kinds |= {"history": dict, "seconds": list, "model": dict, "optimizer": dict}
-    if not _has(content, **kinds):
-        raise UserError(f"{path}: not a checkpoint of this project")
+        kinds = {"command": str, "arguments": dict, "data": dict, "training_version": int}
+        kinds |= {"history": dict, "seconds": list, "model": dict, "optimizer": dict}
+        _check_parts(content, **kinds)
+        lengths = {len(column) for column in content["history"].values()}
+        if not lengths <= {len(content["seconds"])}:
+            raise ValueError("its history is incomplete")
     return content
 
 
@@ -745,7 +764,8 @@ def discard_checkpoint(run: Run) -> None:
     is_named = run.checkpoint_file and run.checkpoint.exists()
     if is_named and not run.identity.items() <= load_checkpoint(run.checkpoint).items():
         raise UserError(f"{run.checkpoint}: belongs to another run; choose another name")
-    run.checkpoint.unlink(missing_ok=True)
+    with user_errors(f"{run.checkpoint}: cannot be deleted"):
+        run.checkpoint.unlink(missing_ok=True)
 
 
 def is_trained(run: Run) -> bool:
@@ -759,7 +779,7 @@ def is_trained(run: Run) -> bool:
 def finished_record(run: Run) -> dict[str, Any]:
     """The record of a run that has final scores and a checkpoint of all its epochs, or {}."""
     record = load_record(run.record)
-    return record if "final" in record and is_trained(run) else {}
+    return record if record.get("final") and is_trained(run) else {}
 
 
 def best_checkpoint(folder: Path, prefix: str, score: Callable[[dict], Any]) -> Path:
@@ -811,6 +831,7 @@ def recording_divergence(
 def run_lock(run: Run) -> Iterator[None]:
     """Hold the lock that keeps other processes from training `run`; it ends with this process."""
     commit()  # of the code that trains; files may change meanwhile
+    load_record(run.record)  # a damaged one is better known before training
     path = run.checkpoint.with_name(f"{run.checkpoint.name}.lock")
     with user_errors(f"{path}: cannot be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -840,21 +861,25 @@ def train_side_by_side(
     args, data = configs[0], script.load_data(configs[0])
     runs, failures = {}, 0  # runs: {command: (run, its record before)}
     for config in configs:
-        run = script.make_run(config, data)
-        if not args.restart and (record := is_finished(run, config)):
+        run, before, record = script.make_run(config, data), {}, {}
+        with contextlib.suppress(UserError):  # damaged files: the run's own process says so
+            before = load_record(run.record)
+            record = {} if args.restart else is_finished(run, config)
+        if record:
             note = f"(finished; {script.DASH}restart retrains it)"
             print(f"{run.name}: {script.summary(record)} {note}")
             continue
         arguments = script.overrides(config, ("jobs", "scheduler"))
         words = to_argv(script.DASH, arguments | {"threads": args.threads or 1})
         command = sys.executable, str(Path(script.__file__).resolve()), *words
-        runs[command] = run, load_record(run.record)
+        runs[command] = run, before
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     at_once = cpu_count() // (args.threads or 1) if device.startswith("cpu") else 1
     results = run_processes(list(runs), args.jobs or max(1, at_once), args.scheduler)
     for result in tqdm(results, total=len(runs), unit="run", disable=None if runs else True):
-        run, before = runs[tuple(result.args)]
-        record = load_record(run.record)
+        (run, before), record = runs[tuple(result.args)], {}
+        with contextlib.suppress(UserError):
+            record = load_record(run.record)
         if record and (result.returncode == 0 or record != before):  # scored, or it has diverged
             line = script.summary(record)
         else:

@@ -143,7 +143,12 @@ def main(argv: list[str] | None = None) -> None:
     path = args.tsv or args.output_dir / f"wikipron-{args.language}.tsv"
     if args.language and not path.exists():
         data.download(args.url.replace("{language}", args.language), path)
-    pairs = [(phonemes, spelling) for spelling, phonemes in utils.read_tsv(path)]
+    try:
+        pairs = [(phonemes, spelling) for spelling, phonemes in utils.read_tsv(path)]
+    except UserError:
+        if args.language:  # not a list: the next call downloads it again
+            path.unlink(missing_ok=True)
+        raise
     if args.keep:
         splits = extend_split(pairs, args.keep, args.train, args.seed)
     else:

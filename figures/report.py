@@ -37,8 +37,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line. Raises UserError."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    for name in ("question", "seeds", "only", "dry_run"):
-        if getattr(options, name) != parser.get_default(name) and not options.train:
+    for name, value in vars(options).items():
+        is_general = name in ("format", "output_dir", "train")
+        if not options.train and not is_general and value != parser.get_default(name):
             raise UserError(f"--{name} needs --train")
     return options
 
@@ -318,11 +319,11 @@ def main(argv: list[str] | None = None) -> None:
                 list_jobs(question, jobs, find_records(question, records))
             else:
                 errors += train(question, jobs, options, records)
-    if errors:
-        raise UserError("; ".join(errors))
     if not options.dry_run:
         write_report(folder, options.format)
         print(f"Report: {folder / 'README.md'}")
+    if errors:
+        raise UserError("; ".join(errors))
 
 
 if __name__ == "__main__":

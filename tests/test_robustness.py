@@ -34,7 +34,7 @@ import hw2_q2
 import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
-from tests.conftest import Killed, assert_equal_runs, make_run, save_checkpoint
+from tests.conftest import DATA, Killed, assert_equal_runs, make_run, save_checkpoint
 from utils import UserError
 
 SCRIPTS = {"q2": hw2_q2, "q3": hw2_q3}
@@ -420,9 +420,14 @@ def wrong_checkpoints(saved):
     yield "does not fit the network", {"optimizer": {"state": {}, "param_groups": []}}
     yield "does not fit the network", {"optimizer": {"state": state, "param_groups": "all"}}
     yield "does not fit the network", {"optimizer": {"state": short, "param_groups": [group]}}
-    yield "not a checkpoint of this project", {"seconds": 4}
-    yield "not a checkpoint of this project", {"history": [0.5]}
-    yield "not a checkpoint of this project", {"training_version": "2"}
+    yield "not a readable checkpoint", {"seconds": 4}
+    yield "not a readable checkpoint", {"history": [0.5]}
+    yield "not a readable checkpoint", {"training_version": "2"}
+    yield "not a readable checkpoint", {"data": {}}
+    yield "not a readable checkpoint", {"data": data | {"name": 5}}
+    yield "not a readable checkpoint", {"seconds": saved["seconds"] * 3}
+    scalar = state | {1: state[1] | {"exp_avg": torch.zeros(())}}
+    yield "does not fit the network", {"optimizer": {"state": scalar, "param_groups": [group]}}
 
 
 def test_a_checkpoint_that_does_not_fit_its_run_is_named_and_kept(start, fails):
@@ -446,7 +451,8 @@ def test_checkpoints_of_the_other_question_are_refused(start, fails):
     assert f"{q2}: not a model of question 3" in line
 
 
-BAD_RECORDS = "", "{", "[1]", "null", '{"a": 1}', "[" * 10**5, '{"command": 1}', "\udcff"
+NAMELESS = '{"command": "x", "arguments": {}, "data": {}, "history": {}, "measured": {}}'
+BAD_RECORDS = NAMELESS, "", "{", "[1]", "null", '{"a": 1}', "[" * 10**5, '{"command": 1}', "\udcff"
 
 
 @pytest.mark.parametrize("content", BAD_RECORDS, ids=range(len(BAD_RECORDS)))
@@ -605,7 +611,8 @@ ARRAYS |= {f"{split}_labels": np.array([0, 5]) for split in utils.SPLITS}
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
 FORMATS = "PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"
 IMAGES = {name: in_memory(Image.fromarray(PIXELS).save, name) for name in FORMATS}
-RECORD = {"command": "python hw2_q2.py", "arguments": {}, "data": {}, "history": {}, "measured": {}}
+RECORD = {"command": "python hw2_q2.py", "arguments": {}, "data": DATA}
+RECORD |= {"history": {}, "measured": {}}
 
 
 def make_archive(file):

@@ -379,10 +379,10 @@ def test_divergence_is_found_in_its_batch_and_recorded(tmp_path):
 
 def test_the_best_checkpoint_has_the_highest_score(tmp_path, capsys):
     for name, score in {"q2-a": 1, "q2-b": 3, "q2-c": 2, "q2-d": None, "q3-e": 9}.items():
-        save_checkpoint(tmp_path / f"{name}.pt", history={"score": score})
+        save_checkpoint(tmp_path / f"{name}.pt", history={"score": [score]}, seconds=[1.0])
     save_checkpoint(tmp_path / "q2-empty.pt")
     (tmp_path / "q2-broken.pt").write_text("nothing")
-    best = utils.best_checkpoint(tmp_path, "q2-", lambda saved: saved["history"]["score"])
+    best = utils.best_checkpoint(tmp_path, "q2-", lambda saved: saved["history"]["score"][0])
     assert best == tmp_path / "q2-b.pt"
     skipped = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
     assert skipped == [f"Skipping {tmp_path / name}" for name in ("q2-broken.pt", "q2-empty.pt")]
@@ -467,7 +467,8 @@ if behaviour == "meet":  # wait until two runs are there at once
     end = time.time() + 30
     while len(list(path.parent.glob("*.started"))) < 2 and time.time() < end:
         time.sleep(0.01)
-record = {"command": "", "arguments": {}, "data": {}, "history": {}, "measured": {}}
+data = {"name": "photographs", "fingerprint": "0"}
+record = {"command": "", "arguments": {}, "data": data, "history": {}, "measured": {}}
 record |= {"diverged_in_epoch": 2} if behaviour == "diverge" else {"final": behaviour}
 path.write_text(json.dumps(record))
 sys.exit(2 if behaviour == "diverge" else 0)
