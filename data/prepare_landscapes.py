@@ -65,7 +65,7 @@ def files_in_archive(archive: zipfile.ZipFile) -> Iterator[File]:
             problem = f"unpacks to {entry.file_size / 2**20:,.0f} MiB"
         if problem:
             raise UserError(f"{archive.filename}: refused, {entry.filename!r} {problem}")
-        if not entry.is_dir():
+        if not entry.filename.endswith("/"):  # is_dir() fails where there is no name
             yield parts, functools.partial(archive.read, entry)
 
 

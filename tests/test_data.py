@@ -422,6 +422,17 @@ def test_bad_archives_are_refused_as_a_whole(fails, write, message):
     assert Path("x.npz").read_text() == "earlier"
 
 
+def test_an_entry_without_a_name_is_ignored():
+    before = prepare("--archive x.zip")
+    with zipfile.ZipFile("x.zip", "a") as file:
+        file.writestr("nameless", b"")
+    content = Path("x.zip").read_bytes()
+    Path("x.zip").write_bytes(content.replace(b"nameless", b"\0" * 8))
+    prepare_landscapes.main(["--archive", "x.zip", "--output", "x.npz"])
+    after = utils.load_landscapes(Path("x.npz")).splits
+    assert all(torch.equal(a, b) for s in SPLITS for a, b in zip(before[s], after[s]))
+
+
 def test_real_photographs(real_data, capsys):
     splits = prepare(f"--archive {real_data / 'intel_scenes_48px.zip'}")
     assert [len(splits[split][1]) for split in SPLITS] == [12635, 1404, 3000]
