@@ -654,6 +654,7 @@ def make_parser() -> utils.Parser:
 
 
 def add_training_options(add: Callable) -> None:
+    """Add the options of training."""
     count, decay = number(int, 1, 10**6), number(float, 0, 1000)
     rate = number(float, 0, 1000, low_open=True)
     add("-learning_rate", type=rate, default=0.01, nargs="+", metavar="RATE", action=OneOrMore,
@@ -668,16 +669,18 @@ def add_training_options(add: Callable) -> None:
         help="optimizer (default: %(default)s)")
     add("-momentum", type=probability, default=0.0, help="Nesterov momentum (default: %(default)s)")
     add("-precision", choices=("float32", "bfloat16"), default="float32",
-        help="precision of the convolutions; bfloat16 may be faster (default: %(default)s)")
+        help="precision of convolutions; bfloat16 is faster on some CPUs (default: %(default)s)")
     utils.add_training_options(add, DASH, PRESETS)
 
 
 def add_network_options(group: Any) -> None:
+    """Add the options that describe the network."""
     add, pools = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-model", choices=("cnn", "resnet"), default="cnn",
         help="the original's CNN, or a residual network, whose only option is -dropout "
         "(default: %(default)s)")
-    add("-dropout", type=probability, default=0.1, help="dropout rate (default: %(default)s)")
+    add("-dropout", type=probability, default=0.1,
+        help="dropout probability (default: %(default)s)")
     add("-no_batch_norm", dest="batch_norm", action="store_false",
         help="omit batch norm; changes the defaults of -head and -last_batch")
     add("-head", choices=("gap", "flatten"),
@@ -695,6 +698,7 @@ def add_network_options(group: Any) -> None:
 
 
 def add_data_options(group: Any) -> None:
+    """Add the options of the images."""
     add, pixels = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-data_path", type=Path, metavar="FILE",
         help=".npz file (default: data/intel_landscapes.v2.npz, else a built-in sample)")
@@ -717,6 +721,7 @@ def add_data_options(group: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Do what the command line asks for."""
     args = parse_args(argv)
     if args.count_params:
         print_parameters(args)

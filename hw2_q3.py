@@ -640,6 +640,7 @@ def rate_name(args: Namespace) -> str:
 
 
 def figure_title(args: Namespace, data_name: str) -> str:
+    """The title of a run's figures."""
     sample = "\n(built-in sample)" if data_name == "sample" else ""
     attention = "Bahdanau attention" if args.use_attn else "no attention"
     return f"{'pronouncing' if is_g2p(args) else 'spelling'}, {attention}{sample}"
@@ -1041,11 +1042,12 @@ def make_parser() -> utils.Parser:
 
 
 def add_training_options(add: Callable) -> None:
+    """Add the options of data and training."""
     count, positive = utils.number(int, 1, 10**6), utils.number(float, 0, 10**3, low_open=True)
     add("--n_epochs", type=count, default=20, help="number of epochs (default: %(default)s)")
     add("--batch_size", type=count, default=64, help="batch size (default: %(default)s)")
     add("--lr", type=positive, default=0.003, nargs="+", action=utils.OneOrMore,
-        help="Adam's learning rate; of several, one run each, in parallel (default: %(default)s)")
+        help="Adam's learning rate; several: one run each, side by side (default: %(default)s)")
     add("--clip", type=positive, metavar="NORM", help="clip the gradient norm (default: off)")
     utils.add_training_options(add, DASH, PRESETS)
     add("--direction", choices=("p2g", "g2p"), default="p2g",
@@ -1058,6 +1060,7 @@ def add_training_options(add: Callable) -> None:
 
 
 def add_model_options(add: Callable) -> None:
+    """Add the options that describe the model."""
     add("--use_attn", action="store_true", help="Bahdanau attention over the phonemes")
     add("--hidden_size", type=utils.number(int, 2, 8192), default=128,
         help="size of embeddings and LSTMs, even (default: %(default)s)")
@@ -1076,6 +1079,7 @@ def add_model_options(add: Callable) -> None:
 
 
 def add_decoding_options(add: Callable) -> None:
+    """Add the options of testing and spelling."""
     add("--nucleus", action="store_true",
         help="also test nucleus (top-p) sampling; for spell: sample instead of greedy decoding")
     add("--topp", type=utils.number(float, 0, 1, low_open=True), metavar="P",
@@ -1122,6 +1126,7 @@ def validate_args(args: Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Do what the command line asks for."""
     args = parse_args(argv)
     if args.mode == "spell":
         spell(args)

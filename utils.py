@@ -143,10 +143,10 @@ probability = number(float, 0, 1, high_open=True)  # an argparse type
 def add_training_options(add: Callable, dash: str, presets: dict[str, dict]) -> None:
     """Add the training options that both scripts have. presets: {name: {argument: value}}."""
     add(f"{dash}schedule", choices=("constant", "one_cycle"), default="constant",
-        help="learning rate: constant, or one cycle of linear warm-up and cosine decay to 0 "
+        help="learning-rate schedule: constant, or one cycle of linear warm-up and cosine decay "
         "(default: %(default)s)")
     add(f"{dash}label_smoothing", type=probability, default=0.0,
-        help="probability mass spread over all outputs (default: %(default)s)")
+        help="label smoothing: target probability spread over all outputs (default: %(default)s)")
     best = " ".join(to_argv(dash, presets["best"]))
     add(f"{dash}recipe", choices=presets, default="report",
         help=f"preset: report, the original's, or best: {best} (default: %(default)s)")
@@ -162,12 +162,12 @@ def add_runtime_options(parser: Parser, dash: str, threads: str) -> None:
     add(f"{dash}device", help=f"cpu, cuda, cuda:1{mps} (default: cuda if available, else cpu)")
     add(f"{dash}threads", type=count, help=f"CPU threads per run (default: {threads})")
     add(f"{dash}jobs", type=count,
-        help="number of runs at once (default: one per core; on a GPU, one)")
+        help="number of runs at once (default: cores / threads; on a GPU, one)")
     add(f"{dash}scheduler", metavar="ADDRESS",
-        help="send runs to the workers of this Dask scheduler, tcp://HOST:PORT")
+        help="train on the workers of this Dask scheduler, tcp://HOST:PORT, in a shared folder")
     add(f"{dash}restart", action="store_true", help="discard the checkpoint: train from scratch")
     add(f"{dash}output_dir", type=Path, default=ROOT, metavar="DIR",
-        help="where checkpoints/ and figures/ are written (default: beside the scripts)")
+        help="folder of checkpoints/ and figures/ (default: that of the scripts)")
 # fmt: on
 
 

@@ -308,6 +308,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, if asked to, and write the report."""
     options, errors = parse_args(argv), []
     folder = options.output_dir / "figures"
     if options.train:
