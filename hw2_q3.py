@@ -21,7 +21,7 @@ import sys
 import time
 import unicodedata
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import utils
+from data import sample
 from utils import Pronunciations, Run, UserError
 
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -657,9 +658,7 @@ def load_data(args: Namespace) -> Pronunciations:
         "No train.tsv found: training on the built-in SAMPLE, words of the CMU dictionary.\n"
         "  To get Wiktionary's: python -m data.prepare_pronunciations --language eng_latn_us_broad"
     )
-    from data.sample import choose_pronunciations  # here, for it reads the whole dictionary
-
-    return choose_pronunciations()
+    return sample.choose_pronunciations()
 
 
 def audit(data: Pronunciations) -> Iterator[str]:
@@ -964,7 +963,7 @@ def spell_lines(
     texts = [unicodedata.normalize("NFC", line).strip() for line in lines]
     if any(len(text) > utils.MAX_SYMBOLS for text in texts):
         raise UserError(f"a word of more than {utils.MAX_SYMBOLS:,} characters")
-    words = [tuple(segment(text, source)) for text in texts if text]
+    words = [tuple(to_phonemes(text, source)) for text in texts if text]
     if not words:
         return
     unknown = sorted({symbol for word in words for symbol in word} - source.stoi.keys())
@@ -984,17 +983,40 @@ def spell_lines(
             print(f"{source.join(word)}\t{spelling}\t{log_prob:.3f}", flush=True)
 
 
-def segment(text: str, vocabulary: Vocabulary) -> list[str]:
-    """The symbols of a text; of IPA without any space, by longest match."""
-    if not vocabulary.spaced or len(text.split()) != 1:
-        return vocabulary.split(text)
-    text, phonemes = text.strip(), []
-    longest = max(map(len, vocabulary.stoi), default=1)
-    while text:
-        sizes = range(min(longest, len(text)), 0, -1)
-        size = next((n for n in sizes if text[:n] in vocabulary.stoi), 1)
-        phonemes.append(text[:size])
-        text = text[size:]
+# Signs that IPA is written with and a model need not know: delimiters, stress, syllables, links and
+# tie bars; and signs that stand for others.
+IGNORED = set("/[]ˈˌ'’.·‿-–|\u0361\u035c")
+LOOKALIKES = {
+    "g": "ɡ", ":": "ː", "\u035c": "\u0361", "ʧ": "t͡ʃ", "ʤ": "d͡ʒ", "ʦ": "t͡s", "ʣ": "d͡z", "ʨ": "t͡ɕ",
+    "ʥ": "d͡ʑ", "tʃ": "t͡ʃ", "dʒ": "d͡ʒ",
+}  # fmt: skip
+
+
+def to_phonemes(text: str, vocabulary: Vocabulary) -> list[str]:
+    """The symbols of a text. IPA in another notation than the vocabulary's is read too: joined
+    phonemes, /delimiters/, stress and syllable marks, look-alikes such as g, and ARPAbet."""
+    tokens, known = vocabulary.split(text), vocabulary.stoi.keys()
+    if not vocabulary.spaced or known >= set(tokens):
+        return tokens
+    if all(token.rstrip("012") in sample.IPA for token in tokens):
+        tokens = map(sample.to_ipa, tokens)
+    return [phoneme for token in tokens for phoneme in segment(token, known)]
+
+
+def segment(token: str, known: Set[str]) -> list[str]:
+    """The phonemes of a token, by longest match; what matches none is a symbol of its own."""
+    if token in known:
+        return [token]
+    for sign, phoneme in LOOKALIKES.items():
+        if sign not in known:
+            token = token.replace(sign, phoneme)
+    phonemes, longest = [], max(map(len, known), default=1)
+    while token:
+        sizes = range(min(longest, len(token)), 0, -1)
+        size = next((n for n in sizes if token[:n] in known), 1)
+        if token[:size] in known or token[:size] not in IGNORED:
+            phonemes.append(token[:size])
+        token = token[size:]
     return phonemes
 
 

@@ -139,27 +139,17 @@ def next_log_probs(model, source, prefix):
     return logits.log_softmax(0)
 
 
-def textbook_greedy(model, source, max_len):
-    prefix, score = [], 0.0
-    while len(prefix) < max_len and END not in prefix:
-        log_probs = next_log_probs(model, source, prefix)
-        prefix.append(int(log_probs.argmax()))
-        score += float(log_probs[prefix[-1]])
-    return prefix, score
-
-
 def textbook_beam(model, source, size, max_len):
-    """The beam [(prefix, score)], best first, and the number of prefixes that were extended."""
-    beam, extended = [([], 0.0)], 0
+    """The beam [(prefix, score)], best first. A beam of size 1 is greedy search."""
+    beam = [([], 0.0)]
     for _ in range(max_len):
         candidates = [(prefix, score) for prefix, score in beam if END in prefix]
         for prefix, score in beam:
             if END not in prefix:
-                log_probs, extended = next_log_probs(model, source, prefix), extended + 1
-                tokens = range(END, len(log_probs))
-                candidates += [([*prefix, t], score + float(log_probs[t])) for t in tokens]
+                log_probs = enumerate(next_log_probs(model, source, prefix).tolist())
+                candidates += [([*prefix, t], score + x) for t, x in log_probs if t >= END]
         beam = sorted(candidates, key=lambda candidate: -candidate[1])[:size]
-    return beam, extended
+    return beam
 
 
 def textbook_sample(model, sources, p, k, generator, max_len):
@@ -177,21 +167,6 @@ def textbook_sample(model, sources, p, k, generator, max_len):
 
 # ----------------------------------------------------------------------------------------------
 # model
-
-
-def test_attention_by_hand():
-    """Scores of ln 2 and 0 make weights of 2/3 and 1/3; a padded row attends to its one value."""
-    attention, c = hw2_q3.BahdanauAttention(1), math.atanh(math.log(2))
-    for weights in attention.parameters():
-        torch.nn.init.ones_(weights)
-    for layer in (attention.query, attention.combine):
-        torch.nn.init.zeros_(layer.bias)
-    values = torch.tensor([[[c - 1], [-1.0]], [[0.5], [9.0]]])
-    memory = hw2_q3.Memory(values, values, torch.tensor([[True, True], [True, False]]))
-    with torch.no_grad():  # torch 2.4 fails where only the weights of an embedding bag need one
-        outputs, weights = attention(torch.ones(2, 1), torch.tensor([0, 1]), memory)
-    assert_close(weights, torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0]]))
-    assert_close(outputs, torch.tensor([[2 * c / 3], [1.5]]).tanh())
 
 
 def test_attention_and_its_gradients_equal_a_loop():
@@ -225,18 +200,6 @@ def test_padded_batches_equal_textbook_code(shape):
     assert (attn_weights is None) == (shape == "")
 
 
-@every_shape
-def test_all_steps_at_once_equal_one_at_a_time(shape):
-    speller, steps = make_speller(shape), []
-    model, pairs = speller.model, speller.encode(PAIRS[-3:-2])
-    memory, state = model.encode(pairs.sources, pairs.lengths)
-    for character in pairs.targets.T[:-1]:
-        log_probs, state = model.next_log_probs(character, state, memory, torch.tensor([0]))
-        steps.append(log_probs[:, END:])
-    logits, _ = model(pairs.sources, pairs.lengths, pairs.targets)
-    assert_close(torch.cat(steps), logits[:, END:].log_softmax(1))
-
-
 def test_parameters_of_the_original_recipe_output_layer_tied_to_the_embedding():
     symbols, characters, h = 107, 93, 128
     lstm = 2 * (4 * h // 2 * (h + h // 2) + 2 * 4 * h // 2) + 4 * h * 2 * h + 2 * 4 * h
@@ -264,7 +227,6 @@ NUCLEI = {
     "one token above p": ([0.05, 0.9, 0.05], 0.8, [0, 0.9, 0]),
     "p tiny": ([0.2, 0.3, 0.5], 1e-50, [0, 0, 0.5]),
     "p = 1 keeps all": ([0.7, 0.3 - 1e-6, 1e-6], 1.0, [0.7, 0.3 - 1e-6, 1e-6]),
-    "unsorted": ([0.1, 0.4, 0.2, 0.3], 0.6, [0, 0.4, 0, 0.3]),
     "ties: the first": ([0.25, 0.25, 0.25, 0.25], 0.4, [0.25, 0.25, 0, 0]),
     "a forbidden token": ([0.0, 0.6, 0.4], 1.0, [0, 0.6, 0.4]),
 }
@@ -278,30 +240,26 @@ def test_nucleus_by_hand(probs, p, kept):
     assert_close(hw2_q3.nucleus(rows, p), expected)
 
 
-def test_samples_have_the_frequencies_of_the_nucleus():
-    log_probs = torch.tensor([[0.0, 0.4, 0.3, 0.2, 0.1]]).log().expand(20000, 5)
-    choose = hw2_q3.nucleus_sampler(0.8, seeded(0))
-    frequencies = choose(log_probs).bincount(minlength=5) / 20000
-    assert_close(frequencies, torch.tensor([0, 4 / 9, 3 / 9, 2 / 9, 0]), atol=0.012, rtol=0)
-    assert frequencies[[0, 4]].sum() == 0
-
-
 @pytest.mark.parametrize("kind", [*SHAPES, "ensemble"])
 def test_decoding_equals_one_word_at_a_time(kind, monkeypatch):
-    """Spellings and log-probabilities, in one batch and in small ones."""
+    """In one batch and in small ones, of a model that prefers the special symbols, which are never
+    written. A beam that is wider than the number of spellings lists all of them."""
     speller = make_speller(SHAPES.get(kind, ""), 3)
+    with torch.no_grad():
+        speller.model.decoder.output.bias[:END] = 9.0
     if kind == "ensemble":  # of models of different shapes
         members = [speller.model, *(make_speller(line).model for line in SHAPES.values())]
         speller = speller._replace(model=hw2_q3.Ensemble(members).eval())
     model, pairs, decode = speller.model, speller.encode(PAIRS[:9]), speller.target.decode
     sources, _ = unpad(pairs)
-    greedy = [[textbook_greedy(model, source, 5)] for source in sources]
-    beams = [textbook_beam(model, source, 3, 5)[0] for source in sources]
+    greedy = [textbook_beam(model, source, 1, 5) for source in sources]
+    beams = [textbook_beam(model, source, 3, 5) for source in sources]
+    wide = [textbook_beam(model, source, 50, 2) for source in sources]
     order = pairs.lengths.argsort(stable=True).tolist()  # words of like length share a batch
     for size in (1024, 6):
         monkeypatch.setattr(hw2_q3, "DECODE_BATCH_SIZE", size)
-        ways = (speller.greedy(pairs, 5), greedy), (speller.beam(pairs, 3, 5), beams)
-        for row, prefixes in itertools.chain(*(zip(*way, strict=True) for way in ways)):
+        rows = speller.greedy(pairs, 5) + speller.beam(pairs, 3, 5) + speller.beam(pairs, 50, 2)
+        for row, prefixes in zip(rows, greedy + beams + wide, strict=True):
             expected = [(decode(p), pytest.approx(score, abs=1e-4)) for p, score in prefixes]
             assert row == expected
         drawn, generator = spellings(speller.sample(pairs, 0.8, 2, seeded(1), 5)), seeded(1)
@@ -311,54 +269,8 @@ def test_decoding_equals_one_word_at_a_time(kind, monkeypatch):
             assert [spelling for i in batch for spelling in drawn[i]] == list(expected)
 
 
-def test_beam_search_finds_the_best_of_all_spellings():
-    """A beam that is wider than their number lists all, in order, like an exhaustive search."""
-    for seed in range(4):
-        speller = make_speller(seed=seed, pairs=[(("A", "B"), "ab")])
-        pairs = speller.encode([(tuple("ABA"), ""), (("B",), "")])
-        for source, ours in zip(unpad(pairs)[0], speller.beam(pairs, 40, 4)):
-            scores = {}
-            for word in (w for n in range(5) for w in itertools.product("ab", repeat=n)):
-                indices = [*speller.target.encode(word), END][:4]
-                prefixes = [(indices[:i], index) for i, index in enumerate(indices)]
-                steps = [next_log_probs(speller.model, source, p)[i] for p, i in prefixes]
-                scores["".join(word)] = pytest.approx(float(sum(steps)), abs=1e-5)
-            best = sorted(scores.items(), key=lambda item: -item[1].expected)
-            assert ours == best
-        assert first_of(speller.beam(pairs, 8, 4)) == first_of(speller.beam(pairs, 40, 4))
-
-
-def test_finished_rows_are_dropped():
-    """In decoding, and in training with input feeding."""
-    rows = []
-    speller = make_speller("--use_attn --input_feeding", seed=1)
-    pairs, cell = speller.encode(PAIRS), speller.model.decoder.cells[0]
-    cell.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    speller.model(pairs.sources, pairs.lengths, pairs.targets)
-    assert rows == (pairs.targets[:, 1:] != PAD).sum(0).tolist()
-    rows.clear()
-    drawn = speller.sample(pairs, 1.0, 3, seeded(0), 9)
-    steps = [min(len(spelling) + 1, 9) for row in drawn for spelling, _ in row]
-    assert rows == [sum(step > i for step in steps) for i in range(9)]
-    rows.clear()
-    speller.beam(pairs, 3, 5)
-    assert sum(rows) == sum(textbook_beam(speller.model, s, 3, 5)[1] for s in unpad(pairs)[0])
-
-
-def test_special_symbols_are_never_written():
-    """Even by a model that prefers them."""
-    speller = make_speller()
-    with torch.no_grad():
-        speller.model.decoder.output.bias[[PAD, UNK, START]] = 50.0
-    pairs = speller.encode(PAIRS)
-    samples = [speller.sample(pairs, p, 4, seeded(0), 15) for p in (0.8, 1.0)]
-    for row in itertools.chain(*samples, speller.greedy(pairs), speller.beam(pairs, 3)):
-        assert set("".join(spelling for spelling, _ in row)) <= set("abcdef")
-        assert all(math.isfinite(score) for _, score in row)
-
-
 # ----------------------------------------------------------------------------------------------
-# symbols
+# symbols and scores
 
 
 def test_symbols_are_encoded_padded_and_decoded():
@@ -376,8 +288,8 @@ def test_symbols_are_encoded_padded_and_decoded():
 
 
 def test_audit_counts_words_of_two_splits_and_unseen_symbols():
-    train, held_out = [(("A",), "a")], [(("A",), "a"), (("B", "A"), "ba")]
-    data = utils.Pronunciations({"train": train, "val": held_out, "test": held_out[1:]})
+    a, ba = (("A",), "a"), (("B", "A"), "ba")
+    data = utils.Pronunciations({"train": [a], "val": [a, ba], "test": [ba]})
     assert list(hw2_q3.audit(data)) == [
         "Words: 1 training, 2 validation, 1 test",
         "Spellings seen in training: 1 of validation, 0 of test",
@@ -392,15 +304,10 @@ def test_the_split_of_the_assignment(real_data):
     assert data.splits["test"][0] == (("ɹ", "ə", "m", "e", "ɪ", "n", "d", "ɚ"), "remainder")
 
 
-# ----------------------------------------------------------------------------------------------
-# scores
-
 ERRORS = {
     "match": (["abc"], ["abc"], 0, 0),
-    "substitution": (["abd"], ["abc"], 1 / 3, 1),
-    "insertion": (["abxc"], ["abc"], 1 / 3, 1),
     "deletion": (["ac"], ["abc"], 1 / 3, 1),
-    "all three": (["sitting"], ["kitten"], 3 / 6, 1),
+    "substitutions, insertion": (["sitting"], ["kitten"], 3 / 6, 1),
     "nothing written": ([""], ["abc"], 1, 1),
     "much too long": (["aaaaaaaaab"], ["b"], 9, 1),
     "letter case counts": (["paris"], ["Paris"], 1 / 5, 1),
@@ -416,14 +323,10 @@ def test_error_rates_by_hand(predicted, true, cer, wer):
     assert hw2_q3.wer(predicted, true) == pytest.approx(wer)
 
 
-def test_phoneme_error_rates_by_hand():
-    """'t͡ʃ' is one phoneme of three characters; a word without any phoneme is empty."""
+def test_scores_of_phonemes_and_candidates_by_hand():
     true, predicted = ["t͡ʃ iː z", "k æ t"], ["t͡ʃ i z", ""]
     assert hw2_q3.cer(predicted, true, str.split) == 4 / 6
     assert hw2_q3.distances(predicted, true, str.split) == [1, 3]
-
-
-def test_scores_of_candidates_by_hand():
     candidates, true = [["a", "b", "c"], ["x", "y", "b"], ["q"]], ["b", "b", "b"]
     assert [hw2_q3.wer_at_k(candidates, true, k) for k in (1, 2, 3, 9)] == [1, 2 / 3, 1 / 3, 1 / 3]
     candidates = [["abc", "abd"], ["bed", "bad"], ["kafe", "kaf"], ["ba"]]
@@ -432,21 +335,14 @@ def test_scores_of_candidates_by_hand():
     assert scores == {"cer": 3 / 11, "wer": 0.75, "wer@2": 0.5} | words
 
 
-@pytest.mark.parametrize("score", [hw2_q3.cer, hw2_q3.wer])
-def test_lists_of_different_length_have_no_score(score):
-    with pytest.raises(ValueError, match="zip"):
-        score(["a"], ["a", "b"])
-
-
 # ----------------------------------------------------------------------------------------------
 # training
 
 
 def main(line, *argv):
     """Run the script. Returns what it prints to standard output and to standard error."""
-    with contextlib.ExitStack() as stack:
-        output = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        errors = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         hw2_q3.main([*line.split(), *map(str, argv)])
     return output.getvalue(), errors.getvalue()
 
@@ -524,21 +420,16 @@ def textbook_epoch(model, optimizer, words, epoch, args):
                 losses.append(-log_probs[true].lerp(smooth, args.label_smoothing))
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
-        gradients = [weights.grad for weights in model.parameters()]
-        norm = math.sqrt(sum(gradient.square().sum() for gradient in gradients))
-        for gradient in gradients:
-            gradient *= min(1, args.clip / norm) if args.clip else 1
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
         step, steps = (epoch - 1) * len(batches) + i, args.n_epochs * len(batches)
-        rate = utils.learning_rate(args.schedule, args.lr, step, steps)
-        optimizer.param_groups[0]["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = utils.learning_rate(args.schedule, args.lr, step, steps)
         optimizer.step()
         epoch_losses += [loss.item() for loss in losses]
     return sum(epoch_losses) / len(epoch_losses)
 
 
-@pytest.mark.parametrize(
-    "line", ["", "--use_attn --batch_size 7", BEST], ids=["plain", "attention", "best"]
-)
+@pytest.mark.parametrize("line", ["", "--use_attn --batch_size 7", BEST])
 def test_training_equals_a_textbook_loop(run, out, line):
     """Weights and losses after 3 epochs, dropout aside, in double precision."""
     args = parse(f"{SMALL} {line} --dropout 0 --lr 0.02")
@@ -559,28 +450,6 @@ def test_training_equals_a_textbook_loop(run, out, line):
         assert_close(saved["model"][name], weights, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_twenty_words_are_learned(run, words, out, tmp_path):
-    folder = shutil.copytree(words, tmp_path / "learned")
-    for name in ("valid", "test"):
-        shutil.copy(words / "train.tsv", folder / f"{name}.tsv")
-    line = "--use_attn --dropout 0 --n_epochs 60 --hidden_size 48 --lr 0.01 --batch_size 8"
-    run(line, "--data_dir", folder)
-    record, _ = results(out)
-    assert min(record["history"]["val_cer"]) == 0
-    right = {"cer": 0, "wer": 0, "wer@1": 0, "distances": [0] * 20, "ranks": [1] * 20}
-    assert record["final"]["greedy"] == right
-
-
-def test_the_embedding_of_unknown_symbols_is_never_trained(finished):
-    args = parse(f"{SMALL} {MODEL}")
-    utils.seed_everything(args.seed)
-    initial = hw2_q3.build_model(args, *hw2_q3.make_vocabularies(args, DATA)).encoder.embedding
-    trained = results(finished[0])[1]["model"]["encoder.embedding.weight"]
-    is_same = (trained == initial.weight).all(1)
-    assert is_same[UNK]
-    assert not is_same[END + 1 :].any()
-
-
 def test_a_run_has_one_thread_unless_the_arguments_say(run, monkeypatch):
     counts = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
@@ -592,17 +461,19 @@ def test_a_run_has_one_thread_unless_the_arguments_say(run, monkeypatch):
 MOMENTS = {
     "after an epoch": (utils, "save_checkpoint", 2, "Resuming after epoch 2\n"),
     "within an epoch": (torch.optim.Adam, "step", 13, "Resuming after epoch 2\n"),
-    "after the test": (hw2_q3, "test", 1, "Training is finished"),
+    "after the test": (hw2_q3, "test", 1, "Training is finished; --restart retrains it\n"),
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS)
-def test_a_killed_run_resumes_to_the_same_bits(run, out, finished, monkeypatch, moment):
-    owner, name, call, said = moment
+@pytest.mark.parametrize(("owner", "name", "call", "said"), MOMENTS.values(), ids=MOMENTS)
+def test_a_killed_run_resumes(run, out, finished, monkeypatch, owner, name, call, said):
+    """To the same bits."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, owner, name, call)
         run(FULL)
-    assert said in run(FULL)
+    output = run(FULL)
+    assert said in output
+    assert output.count("Test CER") == 3
     assert_equal_runs(results(out), results(finished[0]), ("model", "best"))
 
 
@@ -666,9 +537,8 @@ def test_cuda_computes_what_the_cpu_computes(shape):
         logits, _ = speller.model(pairs.sources, pairs.lengths, pairs.targets)
         ways = speller.greedy(pairs, 9), speller.beam(pairs, 3, 9)
         outcomes.append((logits.detach().cpu(), *map(spellings, ways)))
-    (logits, *texts), (cuda_logits, *cuda_texts) = outcomes
-    assert_close(cuda_logits, logits, rtol=1e-3, atol=1e-4)
-    assert cuda_texts == texts
+    assert_close(outcomes[1][0], outcomes[0][0], rtol=1e-3, atol=1e-4)
+    assert outcomes[1][1:] == outcomes[0][1:]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -685,14 +555,12 @@ def test_the_output_of_a_run(finished):
     assert [line for line in lines if line.startswith("Test CER")] == expected
     assert "Nucleus sampling, p = 0.8, the first of 3 samples:" in lines
     at = lines.index("Printing first 10 examples with multiple predictions:") + 1
-    for line, word, example in zip(lines[at : at + 10], TRUE, nucleus["examples"], strict=True):
-        assert line == f"({word!r}, {{{', '.join(map(repr, example[1]))}}})"
-        assert example[0] == word
-    assert lines[at + 10] == f"Test WER@3: {nucleus['wer@3']:.4f}"
+    examples = [f"({word!r}, {{{', '.join(map(repr, row))}}})" for word, row in nucleus["examples"]]
+    assert lines[at : at + 11] == [*examples, f"Test WER@3: {nucleus['wer@3']:.4f}"]
     at = lines.index("Printing first 10 examples with their 3 best and log-probabilities:") + 1
-    for line, word, example in zip(lines[at : at + 10], TRUE, beam["examples"], strict=True):
-        assert ast.literal_eval(line) == (word, dict(example[1]))
-        assert [score for _, score in example[1]] == sorted(dict(example[1]).values(), reverse=True)
+    examples = [(word, dict(row)) for word, row in beam["examples"]]
+    assert list(map(ast.literal_eval, lines[at : at + 10])) == examples
+    assert [word for word, _ in examples] == TRUE
     assert lines[at + 10] == f"Test WER@3: {beam['wer@3']:.4f}"
 
 
@@ -733,26 +601,23 @@ def test_nucleus_ranks_are_over_ten_samples_and_scores_over_the_first_k(finished
     assert nucleus["examples"] == [list(example) for example in zip(TRUE, distinct)]
 
 
-def test_a_finished_run_is_scored_again_not_retrained(run, out, copied, monkeypatch):
-    monkeypatch.setattr(hw2_q3, "train_one_epoch", None)
-    output = run(FULL)
-    assert "Training is finished; --restart retrains it\n" in output
-    assert output.count("Test CER") == 3
-    assert_equal_runs(results(out), copied, ("model", "best"))
-
-
-def test_retraining_says_whether_it_got_the_numbers_of_the_record(run, out, copied):
+def test_retraining_compares_its_numbers_with_the_record_at_its_end(run, out, copied, monkeypatch):
     (checkpoint,), (record,) = out.glob("checkpoints/*.pt"), out.glob("figures/runs/*")
     checkpoint.unlink()  # as in a clone, which has records alone
     output = run(MODEL)
     assert "Epoch  1/3" in output
     assert "the same numbers" in output
     assert_equal_runs(results(out), copied, ("model", "best"))
-    history = copied[0]["history"] | {"val_cer": [1, 2, 3]}
-    utils.save_record(record, copied[0] | {"history": history})
-    output = run(f"{MODEL} --restart")
-    assert "Epoch  1/3" in output
-    assert "other numbers" in output
+    other = copied[0] | {"history": copied[0]["history"] | {"val_cer": [1, 2, 3]}}
+    utils.save_record(record, other)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, utils, "save_checkpoint", 1)
+        run(f"{MODEL} --restart")
+    output = run(f"test {MODEL}")  # an unfinished model
+    assert "Test CER" in output
+    assert "record is not written" in output
+    assert results(out)[0] == other
+    assert "other numbers" in run(MODEL)
     assert results(out)[0]["history"] == copied[0]["history"]
 
 
@@ -774,19 +639,12 @@ def test_the_record_has_the_scores_that_were_asked_for(run, out):
     assert max(len(text) for _, row in final["nucleus"]["examples"] for text in row) == 2
 
 
-def test_an_unfinished_checkpoint_writes_no_record(run, out, copied, monkeypatch):
-    """A finished run is trained again, killed after an epoch, and tested."""
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, utils, "save_checkpoint", 1)
-        run(f"{MODEL} --restart")
-    output = run(f"test {MODEL}")
-    assert "Test CER" in output
-    assert "record is not written" in output
-    assert results(out)[0] == copied[0]
-
-
-def test_checkpoints_of_other_runs(run, out, tmp_path):
-    """They are tested without a record, in their own direction, and not trained further."""
+def test_checkpoints_that_are_missing_or_of_other_runs(run, out, tmp_path):
+    """Those of other runs are tested, without a record, and not trained further."""
+    for argv in ([], ["--checkpoint_name", "no/such.pt"]):
+        with pytest.raises(utils.UserError, match="no such checkpoint; train the model first"):
+            run("test", *argv)
+    assert not list(tmp_path.iterdir())
     run("train --use_attn --checkpoint_name mine.pt")
     path = ["--checkpoint_name", out / "checkpoints" / "mine.pt"]
     output = run("test", *path, "--output_dir", tmp_path / "other")
@@ -799,13 +657,6 @@ def test_checkpoints_of_other_runs(run, out, tmp_path):
         run("", *path)
 
 
-@pytest.mark.parametrize("argv", [[], ["--checkpoint_name", "no/such.pt"]])
-def test_a_missing_checkpoint_is_not_tested(run, tmp_path, argv):
-    with pytest.raises(utils.UserError, match="no such checkpoint; train the model first"):
-        run("test", *argv)
-    assert not list(tmp_path.iterdir())
-
-
 def test_the_sample_is_used_without_data_and_marked(out, monkeypatch):
     monkeypatch.setattr(hw2_q3, "DATA_DIR", out)
     sample = utils.Pronunciations(DATA.splits, "sample")
@@ -814,10 +665,6 @@ def test_the_sample_is_used_without_data_and_marked(out, monkeypatch):
     assert "built-in SAMPLE" in output
     assert output.count("(built-in sample)\n") == 3
     assert list(out.glob("figures/runs/*-sample-*.json"))
-
-
-# ----------------------------------------------------------------------------------------------
-# several runs
 
 
 @pytest.fixture(scope="module")
@@ -843,10 +690,12 @@ def test_seeds_side_by_side_are_the_runs_one_by_one(seeds, run, out):
     assert hw2_q3.summary(record).startswith("Test CER: ")
 
 
-def test_an_ensemble_trains_its_missing_members_and_spells_as_one(seeds, words, run, out):
+def test_an_ensemble_trains_its_unfinished_members_and_spells_as_one(seeds, run, out):
     shutil.copytree(seeds[0], out)
     one, other = sorted(out.glob("checkpoints/*.pt"))
-    other.unlink()
+    saved = utils.load_checkpoint(other)
+    history = {name: values[:1] for name, values in saved["history"].items()}
+    torch.save(saved | {"history": history, "seconds": saved["seconds"][:1]}, other)
     line = "--use_attn --ensemble --seed 1 2"
     with pytest.raises(utils.UserError, match=f"{other.name}: missing or unfinished"):
         run(f"test {line}")
@@ -861,15 +710,9 @@ def test_an_ensemble_trains_its_missing_members_and_spells_as_one(seeds, words, 
     pairs = ensemble.encode(DATA.splits["test"])
     beam = ensemble.beam(pairs, 2)
     for way, rows in (("greedy", ensemble.greedy(pairs)), ("beam", beam)):
-        expected = hw2_q3.distances(first_of(rows), TRUE)
-        assert record["final"][way]["distances"] == expected
+        assert record["final"][way]["distances"] == hw2_q3.distances(first_of(rows), TRUE)
     output = run(f"spell DAD --beam_size 2 {line}")
     assert output.splitlines() == [f"D A D\t{text}\t{score:.3f}" for text, score in beam[0]]
-    saved = utils.load_checkpoint(other)
-    history = {name: values[:1] for name, values in saved["history"].items()}
-    torch.save(saved | {"history": history, "seconds": saved["seconds"][:1]}, other)  # interrupted
-    with pytest.raises(utils.UserError, match=f"{other.name}: missing or unfinished"):
-        run(f"test {line}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -887,26 +730,21 @@ def spell(finished):
     return spell
 
 
-def test_spelling_arguments_files_and_standard_input(spell, tmp_path, monkeypatch):
+def test_spelling_arguments_files_standard_input_and_at_a_prompt(spell, tmp_path, monkeypatch):
     rows, errors = spell("C A B", "D A D")
     assert [row[0] for row in rows] == ["C A B", "D A D"]
     assert "trained on your words, validation CER" in errors
     assert "Unknown" not in errors
     (tmp_path / "ipa.txt").write_text("\ufeffC A B\r\n\nD A D", encoding="utf-8")
     assert spell("--input", tmp_path / "ipa.txt")[0] == rows
-    for argv in ([], ["--input", "-"]):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("C A B\nD A D\n"))
-        assert spell(*argv)[0] == rows
     assert spell("CAB", "DAD")[0] == rows  # without spaces
-
-
-@pytest.mark.parametrize("end", ["\n", ""], ids=["empty line", "end of input"])
-def test_spelling_at_a_prompt(spell, monkeypatch, end):
-    stdin = io.StringIO(f"C A B\nD A D\n{end}")
-    stdin.isatty = lambda: True
-    monkeypatch.setattr(sys, "stdin", stdin)
-    rows, _ = spell()
-    assert [row[0].rpartition("> ")[2] for row in rows[:2]] == ["C A B", "D A D"]
+    cases = ([], False, ""), (["--input", "-"], False, ""), ([], True, ""), ([], True, "\n")
+    for argv, is_prompt, end in cases:
+        stdin = io.StringIO(f"C A B\nD A D\n{end}")
+        stdin.isatty = lambda is_prompt=is_prompt: is_prompt
+        monkeypatch.setattr(sys, "stdin", stdin)
+        answers = [[row[0].rpartition("> ")[2], *row[1:]] for row in spell(*argv)[0]]
+        assert answers[:2] == rows
 
 
 def test_spelling_through_a_pipe(finished):
@@ -917,8 +755,8 @@ def test_spelling_through_a_pipe(finished):
     done = subprocess.run(command, input=text, capture_output=True, check=True, **how)
     first, second = done.stdout.decode().splitlines()
     assert first.startswith("C A B\t")
-    assert second.startswith("C æ \\xff\t")
-    assert "Unknown phonemes: \\xff æ" in done.stderr.decode()
+    assert second.startswith("C æ \\ x f f\t")
+    assert "Unknown phonemes: \\ f x æ" in done.stderr.decode()
 
 
 def test_candidates_have_log_probabilities_and_are_sorted(spell):
@@ -926,7 +764,6 @@ def test_candidates_have_log_probabilities_and_are_sorted(spell):
     drawn, _ = spell("C A B", "--nucleus", "--k", 5)
     assert len({row[1] for row in beam}) == len(beam) == 4
     assert 1 <= len({row[1] for row in drawn}) == len(drawn) <= 5
-    assert spell("C A B", "--k", 5, "--topp", 0.8)[0] == drawn
     for rows in (beam, drawn):
         scores = [float(row[2]) for row in rows]
         assert scores == sorted(scores, reverse=True)
@@ -936,33 +773,25 @@ def test_candidates_have_log_probabilities_and_are_sorted(spell):
 def test_long_inputs_are_sampled_from_one_stream_of_random_numbers(spell, tmp_path):
     """Two batches of lines share no numbers, neither within a run nor between seeds."""
     (tmp_path / "ipa.txt").write_text("D A D\n" * 2000)
-    argv, batches = ["--topp", 1, "--k", 1, "--max_len", 4, "--input", tmp_path / "ipa.txt"], []
-    for seed in (1, 2):
-        rows, _ = spell(*argv, "--seed", seed)
-        batches += [[row[1] for row in rows[:1000]], [row[1] for row in rows[1000:]]]
-    assert [len(batch) for batch in batches] == [1000] * 4
+    argv = ["--topp", 1, "--k", 1, "--max_len", 4, "--input", tmp_path / "ipa.txt"]
+    words = [row[1] for seed in (1, 2) for row in spell(*argv, "--seed", seed)[0]]
+    assert len(words) == 4000
+    batches = [words[i : i + 1000] for i in range(0, 4000, 1000)]
     for one, other in itertools.combinations(batches, 2):
         assert sum(a == b for a, b in zip(one, other)) < 500
 
 
-def test_lines_are_read_in_batches(tmp_path):
-    (tmp_path / "ipa.txt").write_text("A\nB\n\nC")
-    batches = hw2_q3.read_lines(tmp_path / "ipa.txt", batch_size=3)
-    assert [[line.strip() for line in lines] for lines in batches] == [["A", "B", ""], ["C"]]
-
-
 def test_pronouncing_written_words(run, out, copied):
-    """Beside a model that spells: each is asked in its own direction."""
+    """Beside a model that spells: each is asked in its direction."""
     output = run("--use_attn --direction g2p --nucleus")
     (path,) = out.glob("figures/runs/q3-g2p-*")
     greedy = utils.load_record(path)["final"]["greedy"]
     assert f"Test PER: {greedy['cer']:.4f}, Test WER: {greedy['wer']:.4f}\n" in output
     assert "CER" not in output
     speller, _, _ = hw2_q3.load_speller(out / "checkpoints" / f"{path.stem}.pt", "cpu")
-    true = [" ".join(sounds) for sounds, _ in DATA.splits["test"]]
     predicted = first_of(speller.greedy(speller.encode([(tuple(word), "") for word in TRUE])))
+    true = [" ".join(sounds) for sounds, _ in DATA.splits["test"]]
     assert greedy["cer"] == hw2_q3.cer(predicted, true, str.split)
-    assert set(" ".join(predicted).split()) <= set("ABCDEF")
     answers, errors = main("spell dad dqd --device cpu --direction g2p --output_dir", out)
     assert answers.startswith(f"dad\t{predicted[0]}\t")
     assert f"{path.stem}.pt (trained on your words, validation PER" in errors
@@ -977,15 +806,30 @@ def test_input_that_cannot_be_spelled(spell, tmp_path):
             spell("--input", tmp_path / name)
     with pytest.raises(utils.UserError, match="more than 1,000 characters"):
         spell("A " * 600)
-    with pytest.raises(utils.UserError, match="no trained network"):
-        spell("A", "--output_dir", tmp_path)
 
 
-def test_text_is_segmented_by_the_longest_phoneme():
-    phonemes = hw2_q3.Vocabulary.of([("t", "t͡ʃ", "a", "aː")], spaced=True)
-    assert hw2_q3.segment("t͡ʃaːta", phonemes) == ["t͡ʃ", "aː", "t", "a"]
-    assert hw2_q3.segment(" t͡ʃ  a x ", phonemes) == ["t͡ʃ", "a", "x"]
-    assert hw2_q3.segment("tx", phonemes) == ["t", "x"]
+NOTATIONS = {  # of one word's phonemes
+    "clean": "t͡ʃ ɜː t͡ʃ g oʊ", "joined": "t͡ʃɜːt͡ʃgoʊ", "between slashes": "/t͡ʃɜːt͡ʃgoʊ/",
+    "in brackets": "[t͡ʃɜːt͡ʃgoʊ]", "stress": "ˈt͡ʃ ɜː t͡ʃ g oʊ", "syllables": "ˈt͡ʃɜː.t͡ʃ.ˌgoʊ",
+    "no tie bars": "tʃ ɜː tʃ g oʊ", "tie bars below": "t͜ʃɜːt͜ʃgoʊ", "ligatures": "ʧɜːʧgoʊ",
+    "colon": "t͡ʃ ɜ: t͡ʃ g oʊ", "IPA's g": "t͡ʃ ɜː t͡ʃ ɡ oʊ", "diphthong": "t͡ʃ ɜː t͡ʃ ɡ o ʊ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOTATIONS.values(), ids=NOTATIONS)
+def test_ipa_in_other_notations(text):
+    phonemes = hw2_q3.Vocabulary.of([("t", "ʃ", "t͡ʃ", "ɜ", "ɜː", "ɡ", "o", "ʊ")], spaced=True)
+    assert hw2_q3.to_phonemes(text, phonemes) == ["t͡ʃ", "ɜː", "t͡ʃ", "ɡ", "o", "ʊ"]
+
+
+def test_arpabet_known_and_unknown_symbols():
+    phonemes = hw2_q3.Vocabulary.of([("h", "ə", "ʌ", "l", "o", "ʊ", "t͜ʃ", "ˈ")], spaced=True)
+    assert hw2_q3.to_phonemes("HH AH0 L OW1", phonemes) == ["h", "ə", "l", "o", "ʊ"]
+    assert hw2_q3.to_phonemes("HH AH1", phonemes) == ["h", "ʌ"]
+    assert hw2_q3.to_phonemes("t͜ʃ ˈ ə", phonemes) == ["t͜ʃ", "ˈ", "ə"]  # as the model knows them
+    assert hw2_q3.to_phonemes("hʘə X", phonemes) == ["h", "ʘ", "ə", "X"]
+    capitals = hw2_q3.Vocabulary.of([("K", "D")], spaced=True)
+    assert hw2_q3.to_phonemes("K D", capitals) == ["K", "D"]  # no ARPAbet
 
 
 def test_the_best_speller_is_chosen(copied, out, words):
@@ -994,24 +838,24 @@ def test_the_best_speller_is_chosen(copied, out, words):
     (first,), (_, saved) = out.glob("checkpoints/*.pt"), copied
     first.unlink()
 
-    def save(name, error, **data):
+    def save(name, error, fingerprint):
         history = saved["history"] | {"val_cer": [error] * 3}
-        content = saved | {"history": history, "data": saved["data"] | {"name": name} | data}
+        content = saved | {"history": history, "data": {"name": name, "fingerprint": fingerprint}}
         torch.save(content, first.with_name(f"q3-{name}.pt"))
 
     def chosen(*argv):
         _, errors = main("spell --device cpu --output_dir", out, "D A D", *argv)
         return re.search(r"trained on (.*), validation CER (.*)\)", errors).groups()
 
-    save("sample", 0.05, fingerprint="of the sample")
-    assert chosen() == ("the built-in SAMPLE", "0.0500")
-    save("portuguese", 0.1, fingerprint="of Portuguese")
-    assert chosen() == ("the words in data/portuguese", "0.1000")
-    save("pronunciations", 0.5)
-    assert chosen() == ("your words", "0.5000")
+    cases = [("sample", 0.05, "x", "the built-in SAMPLE")]
+    cases += [("portuguese", 0.1, "y", "the words in data/portuguese")]
+    cases += [("pronunciations", 0.5, DATA.fingerprint, "your words")]
+    for name, error, fingerprint, description in cases:
+        save(name, error, fingerprint)
+        assert chosen() == (description, f"{error:.4f}")
     assert chosen("--data_dir", words) == ("your words", "0.5000")
     assert chosen("--checkpoint_name", "q3-sample.pt") == ("the built-in SAMPLE", "0.0500")
-    save("pronunciations", 0.3, fingerprint="of other words")
+    save("pronunciations", 0.3, "of other words")
     assert chosen() == ("your words", "0.3000")
     with pytest.raises(utils.UserError, match="no trained network there"):
         chosen("--data_dir", words)
@@ -1031,61 +875,45 @@ def test_defaults_are_the_original_recipe():
     assert sizes == (20, 64, 0.003, 0.3, 128, 1)
     assert (args.use_attn, args.nucleus, args.topp, args.k) == (False, False, 0.8, 3)
     assert (args.beam_size, args.max_len, args.seed) == (None, 50, 42)
-    assert (parse("--topp 0.9").nucleus, parse("--topp 0.9").topp) == (True, 0.9)
-
-
-def test_spell_takes_options_before_and_after_its_words():
-    args = hw2_q3.parse_args(["spell", "--beam_size", "3", "h ə", "--max_len", "9", "j uː"])
-    assert (args.mode, args.ipa, args.beam_size, args.max_len) == ("spell", ["h ə", "j uː"], 3, 9)
+    assert parse("--topp 0.9").nucleus
+    args = parse("spell --beam_size 3 CAB --max_len 9 DAD")
+    assert (args.ipa, args.beam_size, args.max_len) == (["CAB", "DAD"], 3, 9)
 
 
 def test_a_preset_is_the_defaults_of_its_options():
     best = hw2_q3.PRESETS["best"]
     assert parse("--recipe best") == parse(" ".join(utils.to_argv("--", best)))
     assert all(value != getattr(parse(""), name) for name, value in best.items())
-    assert parse("--recipe best --layers 3").layers == 3
-    assert parse("--recipe best --layers 3").clip == best["clip"]
+    assert vars(parse("--recipe best --layers 3")) == vars(parse("--recipe best")) | {"layers": 3}
 
 
-SAME_NAMES = {
+# Lines of one run: decoding and the order of the options do not change its name.
+SAME_RUNS = {
+    "": "--nucleus --beam_size 5",
     "--use_attn --lr 0.01": "--lr 0.01 --use_attn",
+    "--seed 2": "--seed 2 --nucleus --topp 0.9 --k 5",
     "--ensemble --seed 1 2": "--seed 1 2 --ensemble",
-    "--nucleus --beam_size 5": "",
-    "--nucleus --topp 0.9 --k 5 --max_len 9": "",
+    "--layers 2 --clip 1.0 --direction g2p": "--direction g2p --clip 1.0 --layers 2 --max_len 9",
 }
 
 
-@pytest.mark.parametrize(("line", "other"), SAME_NAMES.items(), ids=SAME_NAMES)
-def test_the_order_of_options_and_decoding_do_not_change_the_name(line, other):
-    """But the command has all of them."""
-    assert make_run(line).name == make_run(other).name
-    assert sorted(make_run(line).command.split()[2:]) == sorted(line.split())
-
-
-LINES = ["", "--lr 0.01 --seed 3 --hidden_size 64", "--layers 2 --clip 1.0 --direction g2p"]
-LINES += ["--use_attn --schedule one_cycle --label_smoothing 0.1", *SAME_NAMES]
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_the_command_repeats_the_run(line):
-    """It does not say where and how the run was made."""
-    run = make_run(f"{line} --device cpu --threads 2 --jobs 1 --restart --data_dir a")
-    assert run.command.startswith("python hw2_q3.py")
-    assert make_run(" ".join(run.command.split()[2:])) == run
-    assert sorted(run.command.split()[2:]) == sorted(line.split())
-
-
-def test_the_name_says_model_rate_seed_and_data():
+def test_each_run_has_one_name_and_its_command_repeats_it():
+    """The command does not say where and how the run was made, but all else."""
+    names = [{make_run(line).name for line in lines} for lines in SAME_RUNS.items()]
+    assert [len(same) for same in names] == [1] * len(SAME_RUNS)
+    assert len(set.union(*names)) == len(SAME_RUNS)
     assert make_run("--use_attn").name.startswith("q3-attn-lr0.003-seed42-pronunciations-")
-    lines = ["", "--dropout 0.2", "--dropout 0.1", "--layers 2", "--seed 2"]
-    assert len({make_run(line).name for line in lines}) == len(lines)
+    for line in itertools.chain(*SAME_RUNS.items()):
+        run = make_run(f"{line} --device cpu --threads 2 --jobs 1 --restart --data_dir a")
+        assert run.command.startswith("python hw2_q3.py")
+        assert make_run(" ".join(run.command.split()[2:])) == run
+        assert sorted(run.command.split()[2:]) == sorted(line.split())
 
 
 BAD_VALUES = """
---n_epochs 0 | --batch_size 0 | --lr 0 | --lr nan | --dropout 1 | --hidden_size 7 | --hidden_size 0
---topp 0 | --topp 1.1 | --k 0 | --beam_size 0 | --max_len 0 | --seed -1 | --jobs 0 | --threads 0
---layers 0 | --clip 0 | --label_smoothing 1 | --schedule cosine | --recipe none | --direction both
---embedding_scale 0 | --nucleas | guess
+--n_epochs 0 | --batch_size 0 | --lr 0 | --dropout 1 | --hidden_size 7 | --topp 0 | --topp 1.1
+--k 0 | --beam_size 0 | --max_len 0 | --jobs 0 | --threads 0 | --layers 0 | --clip 0
+--embedding_scale 0 | --label_smoothing 1 | guess
 """
 BAD_COMBINATIONS = {
     "--input_feeding": "needs --use_attn",
@@ -1098,9 +926,7 @@ BAD_COMBINATIONS = {
     "test --seed 1 2": "drop the mode",
     "spell a --lr 0.1 0.2": "drop the mode",
     "--seed 1 2 --checkpoint_name x.pt": "give one --seed",
-    "--data_dir no/such/folder": "no such file",
     "--device abacus": "device 'abacus' cannot be used",
-    "spell a --checkpoint_name no/such.pt": "no such checkpoint",
 }
 REFUSED = {line.strip(): line.split()[0] for line in re.split(r"[|\n]", BAD_VALUES.strip())}
 REFUSED |= BAD_COMBINATIONS
@@ -1108,8 +934,8 @@ REFUSED |= BAD_COMBINATIONS
 
 @pytest.mark.parametrize(("line", "message"), REFUSED.items(), ids=REFUSED)
 def test_bad_options_are_refused_in_one_line(line, message, fails, words, tmp_path):
-    folders = [] if "--data_dir" in line else ["--data_dir", words]
-    assert message in fails(hw2_q3.main, [*line.split(), *folders, "--output_dir", tmp_path])
+    argv = [*line.split(), "--data_dir", words, "--output_dir", tmp_path]
+    assert message in fails(hw2_q3.main, argv)
     assert not list(tmp_path.iterdir())
 
 
