@@ -1,4 +1,4 @@
-"""Errors and options, seeding and devices, records and checkpoints, runs side by side, plotting.
+"""Errors and options, seeding and devices, records and checkpoints, runs side by side.
 Loading data: test_data.py."""
 
 import argparse
@@ -24,47 +24,25 @@ from utils import UserError
 
 
 def test_messages_are_one_short_line_without_control_characters():
-    text = str(UserError("a\nb \x1b[31m \u202e" + "c" * 1000))
+    text = str(UserError("a\nb \x1b[31m \u202e Größe ʃ" + "c" * 1000))
     assert text.isprintable()
-    assert text.startswith(r"a\nb \x1b[31m \u202e")
+    assert text.startswith(r"a\nb \x1b[31m \u202e Größe ʃ")
     assert text.endswith("ccc ...")
     assert len(text) == 500
-    assert utils.printable("Größe ʃ") == "Größe ʃ"
     assert utils.one_line(ValueError("a\n  b")) == "a b"
     assert utils.one_line(ValueError()) == "ValueError"
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "nan", "inf", "11", "1e1"])
-def test_integers_out_of_bounds_are_refused(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=r"is not an integer in \[1, 10\]"):
-        utils.number(int, 1, 10)(text)
-
-
-def test_bounds_belong_to_a_range_unless_it_is_open():
-    assert [utils.number(int, 1, 10)(text) for text in ("1", "10")] == [1, 10]
-    inside = utils.number(float, 0, 1, low_open=True, high_open=True)
-    assert inside("0.5") == 0.5
+def test_numbers_out_of_bounds_are_refused():
+    integer = utils.number(int, 1, 10)
+    open_range = utils.number(float, 0, 1, low_open=True, high_open=True)
+    assert (integer("1"), integer("10"), open_range("0.5")) == (1, 10, 0.5)
+    for text in ("0", "-1", "1.5", "x", "", "nan", "inf", "11", "1e1"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is not an integer in \[1, 10\]"):
+            integer(text)
     for text in ("0", "1", "nan"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"a number in \(0, 1\)"):
-            inside(text)
-
-
-def make_parser():
-    parser = utils.Parser("script.py")
-    parser.add_argument("-rate", type=float, default=0.1, nargs="+", action=utils.OneOrMore)
-    parser.add_argument("-size", type=int)
-    parser.add_argument("--length", type=int)
-    parser.add_argument("-augment", nargs="*", default=[])
-    parser.add_argument("-mirror", action="store_true")
-    parser.add_argument("-no_norm", dest="norm", action="store_false")
-    parser.add_argument("-recipe", choices=("report", "best"), default="report")
-    return parser
-
-
-@pytest.mark.parametrize("line", ["-sizes 1", "--len 1", "-size x", "-size", "-recipe worst", "y"])
-def test_a_wrong_command_line_is_a_user_error(line):
-    with pytest.raises(UserError, match="-h lists the options"):
-        make_parser().parse_args(line.split())
+            open_range(text)
 
 
 OVERRIDES = {
@@ -78,7 +56,11 @@ OVERRIDES = {
 
 @pytest.mark.parametrize(("line", "expected"), OVERRIDES.items())
 def test_overrides_as_command_line_words_parse_back(line, expected):
-    parser = make_parser()
+    parser = utils.Parser("script.py")
+    parser.add_argument("-rate", type=float, default=0.1, nargs="+", action=utils.OneOrMore)
+    parser.add_argument("-augment", nargs="*", default=[])
+    parser.add_argument("-mirror", action="store_true")
+    parser.add_argument("-no_norm", dest="norm", action="store_false")
     args, defaults = parser.parse_args(line.split()), parser.parse_args([])
     arguments = utils.overrides(args, defaults)
     assert arguments == expected
@@ -91,20 +73,6 @@ def test_one_namespace_per_combination_of_values():
     expanded = [(a.rate, a.seed, a.size) for a in utils.expand(args, "rate", "seed")]
     assert expanded == [(1, 3, 5), (1, 4, 5), (2, 3, 5), (2, 4, 5)]
     assert utils.expand(argparse.Namespace(rate=1), "rate") == [argparse.Namespace(rate=1)]
-
-
-def test_options_override_a_preset_and_a_preset_the_defaults():
-    presets = {"report": {}, "best": {"size": 7, "norm": False}}
-
-    def parse(line):
-        return vars(utils.parse_with_presets(make_parser, presets, line.split()))
-
-    assert parse("")["size"] is None
-    best = parse("-recipe best")
-    assert (best["size"], best["norm"], best["mirror"]) == (7, False, False)
-    assert parse("-size 3 -recipe best")["size"] == 3
-    assert "recipe" not in best  # so a run has one name, however it was asked for
-    assert best == parse("-size 7 -no_norm")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -120,7 +88,7 @@ def test_random_numbers_repeat_and_differ_by_seed_and_epoch():
     assert len({draw(seed, epoch) for seed in range(5) for epoch in range(5)}) == 25
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "abacus", "meta"])
+@pytest.mark.parametrize("name", ["cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(UserError, match=f"device '{name}' cannot be used"):
         utils.prepare_device(name)
@@ -143,26 +111,18 @@ def mps(monkeypatch):
     utils.mps_works.cache_clear()
 
 
-def runtime_help():
+@pytest.mark.parametrize("missing", [None, "embedding_bag", "interpolate"])
+def test_an_apple_gpu_is_offered_if_it_has_every_operation(mps, missing, monkeypatch):
     parser = utils.Parser("script.py")
+    if missing:
+        monkeypatch.setattr(torch.nn.functional, missing, Mock(side_effect=NotImplementedError))
     utils.add_runtime_options(parser, "-", "one")
-    return parser.format_help()
-
-
-def test_an_apple_gpu_that_passes_the_probe_is_offered(mps):
-    assert "cuda:1, mps" in runtime_help()
-    assert utils.prepare_device("mps", 1).type == "mps"
-
-
-@pytest.mark.parametrize("operation", ["embedding_bag", "interpolate"])
-def test_an_apple_gpu_without_an_operation_is_refused(mps, operation, monkeypatch):
-    def fail(*args, **kwargs):
-        raise NotImplementedError("not implemented for the MPS device")
-
-    monkeypatch.setattr(torch.nn.functional, operation, fail)
-    assert "mps" not in runtime_help()
-    with pytest.raises(UserError, match="device 'mps' lacks operations"):
-        utils.prepare_device("mps", 1)
+    assert ("cuda:1, mps" in parser.format_help()) == (not missing)
+    if missing:
+        with pytest.raises(UserError, match="device 'mps' lacks operations"):
+            utils.prepare_device("mps", 1)
+    else:
+        assert utils.prepare_device("mps", 1).type == "mps"
 
 
 def test_the_probe_of_bfloat16_answers_yes_or_no():
@@ -177,7 +137,6 @@ QUOTAS = [
     ({"cpu.max": "nonsense"}, math.inf),
     ({QUOTA: "-1\n", PERIOD: "100000\n"}, math.inf),
     ({QUOTA: "50000\n", PERIOD: "100000\n"}, 0.5),
-    ({QUOTA: "50000\n"}, math.inf),
 ]
 
 
@@ -189,19 +148,11 @@ def test_the_cpu_quota_of_a_container(tmp_path, files, quota):
     assert utils.cpu_quota(tmp_path) == quota
 
 
-@pytest.mark.parametrize(("quota", "count"), [(math.inf, 8), (2.5, 3), (2.0, 2), (0.1, 1)])
-def test_cores_are_limited_by_the_quota(monkeypatch, quota, count):
+def test_cores_are_limited_by_the_quota(monkeypatch):
     monkeypatch.setattr(utils.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(utils, "cpu_quota", lambda: quota)
-    assert utils.cpu_count() == count
-
-
-def test_dropout_zeroes_a_fraction_and_scales_the_rest():
-    x = torch.full((200, 500), 2.0)
-    y = utils.FastDropout(0.2)(x)
-    assert set(y.unique().tolist()) == {0.0, 2.5}
-    assert (y == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    assert y.mean().item() == pytest.approx(2, abs=0.02)
+    for quota, count in ((math.inf, 8), (2.5, 3), (2.0, 2), (0.1, 1)):
+        monkeypatch.setattr(utils, "cpu_quota", lambda quota=quota: quota)
+        assert utils.cpu_count() == count
 
 
 def test_the_mask_of_dropout_comes_from_torch_rand():
@@ -211,12 +162,7 @@ def test_the_mask_of_dropout_comes_from_torch_rand():
     y = utils.FastDropout(0.3)(x)
     torch.manual_seed(5)
     assert torch.equal(y, x * ((torch.rand(7, 9) >= 0.3).float() / (1 - 0.3)))
-
-
-def test_dropout_is_off_in_evaluation_and_at_probability_0():
-    x = torch.randn(5, 5)
     assert torch.equal(utils.FastDropout(0.5).eval()(x), x)
-    assert torch.equal(utils.FastDropout(0.0)(x), x)
     assert utils.FastDropout(0.5)(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -248,24 +194,16 @@ def test_a_name_depends_on_what_can_change_the_result_alone(tmp_path):
     assert run.name not in {make_run(tmp_path, **other).name for other in others}
 
 
-def write_half(file):
-    file.write_text("half")
-    raise OSError("No space left on device")
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, error):
+    def write_half(file):
+        file.write_text("half")
+        raise error
 
-
-def write_half_interrupted(file):
-    file.write_text("half")
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("write", "error"), [(write_half, UserError), (write_half_interrupted, KeyboardInterrupt)]
-)
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, write, error):
     path = tmp_path / "folder" / "x.json"
     utils.write_file(path, lambda file: file.write_text("old"))
-    with pytest.raises(error):
-        utils.write_file(path, write)
+    with pytest.raises(UserError if error is OSError else error):
+        utils.write_file(path, write_half)
     assert [file.read_text() for file in path.parent.iterdir()] == ["old"]
 
 
@@ -295,7 +233,7 @@ def test_a_record_is_written_one_key_a_line_and_read_back(tmp_path):
     assert utils.load_record(tmp_path / "none.json") == {}
 
 
-def test_training_again_with_the_same_numbers_completes_a_record(tmp_path):
+def test_training_again_completes_a_record_or_replaces_it(tmp_path):
     run = make_run(tmp_path)
     assert utils.store_record(run, new_record(run)) == f"Record: {run.record}"
     utils.save_record(run.record, new_record(run, analysis={"lengths": [1]}))
@@ -303,11 +241,6 @@ def test_training_again_with_the_same_numbers_completes_a_record(tmp_path):
     assert "the same numbers before" in utils.store_record(run, again)
     completed = new_record(run, final={"greedy": 1, "beam": 2}, analysis={"lengths": [1]})
     assert utils.load_record(run.record) == completed
-
-
-def test_training_again_with_other_numbers_replaces_a_record(tmp_path):
-    run = make_run(tmp_path)
-    utils.save_record(run.record, new_record(run, analysis={"lengths": [1]}))
     other = new_record(run, history={"loss": [0.3, 0.1]})
     assert "other numbers before, which are replaced" in utils.store_record(run, other)
     assert utils.load_record(run.record) == other
@@ -329,52 +262,24 @@ def test_a_finished_run_has_all_epochs_and_final_scores(tmp_path):
     assert utils.finished_record(run) == {}
 
 
-def stepped(**settings):
-    """A model and its optimizer after one step."""
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.Adam(model.parameters(), **settings)
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    return model, optimizer
-
-
-def test_a_run_resumes_after_its_last_epoch(tmp_path, capsys):
-    run, (model, optimizer) = make_run(tmp_path), stepped(lr=0.5)
-    assert utils.resume(run, model, optimizer) == {"history": {}, "seconds": []}
-    utils.save_checkpoint(run, model, optimizer, {"loss": [0.5]}, [2.0], best={"x": 1})
-    other, other_optimizer = stepped(lr=0.1)
-    saved = utils.resume(run, other, other_optimizer)
-    assert (saved["history"], saved["seconds"], saved["best"]) == ({"loss": [0.5]}, [2.0], {"x": 1})
-    assert saved["command"] == run.command
-    assert torch.equal(other.weight, model.weight)
-    assert capsys.readouterr().out == "Resuming after epoch 1\n"
-
-
 @pytest.mark.parametrize(("before", "after"), [(True, False), (False, True)])
 def test_a_run_resumes_with_the_optimizer_of_another_device(tmp_path, before, after):
     """Some devices have no fused steps."""
-    run, (model, optimizer) = make_run(tmp_path), stepped(lr=0.5, fused=before)
+
+    def step(model, optimizer):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    run, model, other = make_run(tmp_path), nn.Linear(2, 1), nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5, fused=before)
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.1, fused=after)
+    step(model, optimizer)
     utils.save_checkpoint(run, model, optimizer, {}, [])
-    other, other_optimizer = stepped(lr=0.1, fused=after)
     utils.resume(run, other, other_optimizer)
-    for network, steps in ((model, optimizer), (other, other_optimizer)):
-        network(torch.ones(1, 2)).sum().backward()
-        steps.step()
+    model.zero_grad()
+    step(model, optimizer)
+    step(other, other_optimizer)
     torch.testing.assert_close(other.weight, model.weight)
-
-
-def test_divergence_is_found_in_its_batch_and_recorded(tmp_path):
-    run, model = make_run(tmp_path), nn.Linear(2, 1)
-    utils.check_divergence(torch.tensor([1.0, 8.0, 3.0]), 2, 3, 9)
-    with (
-        pytest.raises(utils.Diverged, match="epoch 2, batch 4; try a lower learning rate"),
-        utils.recording_divergence(run, model, {"loss": [0.5]}, [1.0]),
-    ):
-        utils.check_divergence(torch.tensor([math.nan, 8.0, 3.0]), 2, 6, 9)
-    record = utils.load_record(run.record)
-    assert (record["diverged_in_epoch"], record["diverged_in_batch"]) == (2, 4)
-    assert (record["history"], record["parameters"]) == ({"loss": [0.5]}, 3)
-    assert "final" not in record
 
 
 def test_the_best_checkpoint_has_the_highest_score(tmp_path, capsys):
@@ -408,7 +313,6 @@ def test_a_record_names_the_commit_of_the_code(tmp_path, monkeypatch):
         (tmp_path / name).write_text("1")
     git("add", ".")
     git("commit", "-m", "first")
-    git("tag", "-m", "a tag", "v1")
     clean = commit()
     [head] = (tmp_path / ".git" / "refs" / "heads").iterdir()
     assert head.read_text().startswith(clean)
@@ -517,38 +421,22 @@ def test_as_many_runs_as_cores_train_side_by_side(train_all, monkeypatch, capsys
     assert printed(capsys) == {"run0": "meet", "run1": "meet"}
 
 
-def test_a_run_that_fails_does_not_stop_the_others(train_all, capsys):
-    with pytest.raises(UserError, match="2 of 5 runs failed; run the same command to retry"):
-        train_all("good", "fail", "die", "diverge", "good", jobs=1)
+def test_failed_runs_do_not_stop_the_others_and_are_retried(train_all, capsys, tmp_path):
+    with pytest.raises(UserError, match="2 of 4 runs failed; run the same command to retry"):
+        train_all("fail", "die", "diverge", "good", jobs=1)
     lines = printed(capsys)
-    assert lines.pop("run2").startswith("status")
-    expected = {"run0": "good", "run1": "script.py: error: no data", "run3": "diverged"}
-    assert lines == expected | {"run4": "good"}
+    assert lines.pop("run1").startswith("status")
+    assert lines == {"run0": "script.py: error: no data", "run2": "diverged", "run3": "good"}
+    train_all("good", "good", "good", "good")
+    assert printed(capsys)["run3"] == "good (finished; -restart retrains it)"
+    with pytest.raises(UserError, match="3 of 3 runs failed"):  # old records hide no failure
+        train_all("fail", "fail", "die", restart=True)
+    assert printed(capsys)["run2"].startswith("status")
+    logs = sorted((tmp_path / "figures" / "runs").glob("*.started"))
+    assert [len(log.read_text().splitlines()) for log in logs] == [3, 3, 2, 1]
 
 
-def test_the_same_command_again_trains_what_is_left(train_all, capsys, tmp_path):
-    def starts():
-        logs = sorted((tmp_path / "figures" / "runs").glob("*.started"))
-        return [len(log.read_text().splitlines()) for log in logs]
-
-    with pytest.raises(UserError, match="1 of 2 runs failed"):
-        train_all("good", "fail")
-    train_all("good", "good")
-    assert starts() == [1, 2]
-    assert printed(capsys)["run0"] == "good (finished; -restart retrains it)"
-    train_all("good", "good", restart=True)
-    assert starts() == [2, 3]
-
-
-def test_a_record_of_before_does_not_hide_a_failure(train_all, capsys):
-    train_all("good", "diverge")
-    capsys.readouterr()
-    with pytest.raises(UserError, match="2 of 2 runs failed"):
-        train_all("fail", "die", restart=True)
-    assert "diverged" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://", "127.0.0.1"])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://"])
 def test_a_scheduler_that_is_not_there_is_named(train_all, monkeypatch, address):
     client = pytest.importorskip("distributed").Client
     monkeypatch.setattr("distributed.Client", lambda a, timeout: client(a, timeout=0.2))
@@ -560,15 +448,3 @@ def test_without_dask_a_scheduler_is_an_error(train_all, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match="pip install distributed"):
         train_all("good", scheduler="tcp://127.0.0.1:1")
-
-
-# ----------------------------------------------------------------------------------------------
-# plotting
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-def test_the_same_figure_has_the_same_bytes(tmp_path, suffix):
-    for name in ("a", "b"):
-        utils.plot_curve(tmp_path / f"{name}.{suffix}", "title", "loss", [3.0, 2.0])
-    first, second = (tmp_path / f"{name}.{suffix}" for name in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes() != b""
