@@ -17,7 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hw2_q2
 import hw2_q3
 import utils
+from data.prepare_landscapes import write_npz
 from data.sample import choose_pronunciations
 from figures import report_q2
 
@@ -181,16 +181,16 @@ def textbook_spell(model, source, p=None, max_len=hw2_q3.MAX_LEN):
 def take_turns(contenders, turns):
     """{what: {who: function}} -> {what: {who: median seconds}}. Each function is called once to
     warm up, then `turns` times, in turn with the others."""
-    functions = {(what, who): f for what, row in contenders.items() for who, f in row.items()}
-    seconds = {key: [] for key in functions}
+    seconds = {what: {who: [] for who in row} for what, row in contenders.items()}
     for _ in range(1 + turns):
-        for key, function in functions.items():
-            started = time.perf_counter()
-            function()
-            seconds[key].append(time.perf_counter() - started)
+        for what, row in contenders.items():
+            for who, function in row.items():
+                started = time.perf_counter()
+                function()
+                seconds[what][who].append(time.perf_counter() - started)
     return {
-        what: {who: statistics.median(seconds[what, who][1:]) for who in row}
-        for what, row in contenders.items()
+        what: {who: statistics.median(times[1:]) for who, times in row.items()}
+        for what, row in seconds.items()
     }
 
 
@@ -308,8 +308,8 @@ def measure_steps(turns, count, cores):
         "copy_bytes_per_s": 2 * 4 * math.prod(COPIED) / once["copy"],
     }
     for name, row in steps.items():
-        limit = limit_of_step(machine, batch_norm=name != "plain")
-        steps[name] = {"limit, 1 thread": limit} | {who: row[who] / count for who in row}
+        limit = {"limit, 1 thread": limit_of_step(machine, batch_norm=name != "plain")}
+        steps[name] = limit | {who: seconds / count for who, seconds in row.items()}
     return machine, steps
 
 
@@ -317,15 +317,10 @@ def measure_steps(turns, count, cores):
 # question 3: a training epoch, and the spelling of 1,000 words
 
 
-def sample_pairs(limit):
-    """The built-in sample, at most `limit` words per split: {split: pairs}."""
-    return {split: pairs[:limit] for split, pairs in choose_pronunciations().splits.items()}
-
-
 def make_spellers(limit, epochs=3):
     """Our speller with attention after some epochs of training, the textbook's with the same
-    weights, and the words: {split: EncodedPairs}."""
-    splits = sample_pairs(limit)
+    weights, and at most `limit` words of each split: {split: EncodedPairs}."""
+    splits = {split: pairs[:limit] for split, pairs in choose_pronunciations().splits.items()}
     args = hw2_q3.parse_args(["--use_attn"])
     vocabularies = hw2_q3.make_vocabularies(args, utils.Pronunciations(splits))
     utils.seed_everything(args.seed)
@@ -413,13 +408,12 @@ def measure_spelling(turns, limit, cores):
 def spelling_epoch_side_by_side(turns, limit, jobs):
     """Seconds per epoch, validation included, of `jobs` runs at once, divided by their number."""
     with tempfile.TemporaryDirectory() as folder:
-        for name, pairs in zip(("train", "valid", "test"), sample_pairs(limit).values()):
-            lines = (f"{' '.join(phonemes)}\t{word}\n" for phonemes, word in pairs)
+        for name, pairs in zip(("train", "valid", "test"), choose_pronunciations().splits.values()):
+            lines = (f"{' '.join(phonemes)}\t{word}\n" for phonemes, word in pairs[:limit])
             Path(folder, f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
-        options = f"--use_attn --n_epochs {turns + 1} --jobs {jobs} --seed".split()
-        folders = "--data_dir", folder, "--output_dir", folder
-        runs = [[*options, str(seed), *folders] for seed in range(jobs)]
-        measured = train_runs(hw2_q3, runs)
+        options = f"--use_attn --n_epochs {turns + 1} --jobs {jobs}".split()
+        options += "--data_dir", folder, "--output_dir", folder, "--seed"
+        measured = train_runs(hw2_q3, [[*options, str(seed)] for seed in range(jobs)])
     return statistics.median(t for run in measured for t in run["seconds"][1:]) / jobs
 
 
@@ -455,10 +449,8 @@ def train_on_images(runs, share, jobs):
     """Train runs with these options for two epochs on random images, `jobs` at once. Returns the
     `measured` of their records."""
     with tempfile.TemporaryDirectory() as folder:
-        path, arrays = Path(folder) / "images.npz", {}
-        for split, (images, labels) in make_splits(share).items():
-            arrays |= {f"{split}_images": images.numpy(), f"{split}_labels": labels.numpy()}
-        np.savez(path, **arrays)
+        path = Path(folder) / "images.npz"
+        write_npz(path, make_splits(share))
         options = ["-epochs", "2", "-jobs", str(jobs), "-data_path", str(path)]
         return train_runs(hw2_q2, [[*run, *options, "-output_dir", folder] for run in runs])
 
@@ -494,23 +486,20 @@ def measure_runs_at_once(share, most):
 def measure_analysis(share):
     """Seconds, on one thread, of a run's final scores and of the report's analysis, which users'
     runs do without: of the second of two calls, since a call can take a minute."""
-    data = utils.Landscapes(make_splits(share))
+    data, work = utils.Landscapes(make_splits(share)), {}
     with tempfile.TemporaryDirectory() as folder:
-        work = {name: end_of_run(options, data, folder) for name, options in NETWORKS.items()}
+        for name, options in NETWORKS.items():
+            args = hw2_q2.parse_args([*options, "-output_dir", folder])
+            parts = data.splits.items()
+            splits = {split: hw2_q2.to_device(*part, "cpu", args) for split, part in parts}
+            model, run = hw2_q2.build_model(args), hw2_q2.make_run(args, data)
+            optimizer, history = hw2_q2.make_optimizer(model, args), {"val_accuracy": [0.0]}
+            utils.save_checkpoint(run, model, optimizer, history, seconds=[0.0])
+            work[name] = {
+                "score": on_threads(1, hw2_q2.score, model, splits, args.tta),
+                "analysis": on_threads(1, report_q2.analyse, args, data, "cpu"),
+            }
         return take_turns(work, turns=1)
-
-
-def end_of_run(options, data, folder):
-    """Functions that score a network and analyse it as if it were trained."""
-    args = hw2_q2.parse_args([*options, "-output_dir", folder])
-    splits = {split: hw2_q2.to_device(*part, "cpu", args) for split, part in data.splits.items()}
-    model, run = hw2_q2.build_model(args), hw2_q2.make_run(args, data)
-    optimizer, history = hw2_q2.make_optimizer(model, args), {"val_accuracy": [0.0]}
-    utils.save_checkpoint(run, model, optimizer, history, seconds=[0.0])
-    return {
-        "score": on_threads(1, hw2_q2.score, model, splits, args.tta),
-        "analysis": on_threads(1, report_q2.analyse, args, data, "cpu"),
-    }
 
 
 # ----------------------------------------------------------------------------------------------
@@ -527,14 +516,12 @@ def readme_table(results):
         limit = f"limit {ms['limit, 1 thread']}"
         rows.append((f"question 2, training step, {name}", ours, textbook, limit))
     minutes = {who: times["grid_s"] / 60 for who, times in results["grid"].items()}
+    task, form = f"question 2, four runs of {EPOCHS} epochs", "{:.0f} minutes"
     for who, mark in ((OURS, ""), (OURS_BFLOAT16, ", bfloat16")):
-        task = f"question 2, four runs of {EPOCHS} epochs{mark}"
-        rows.append(compare(task, minutes[who], minutes[TEXTBOOK], "{:.0f} minutes"))
+        rows.append(compare(task + mark, minutes[who], minutes[TEXTBOOK], form))
     seconds, words = results["spelling"]["seconds"], results["spelling"]["words"]
-    epoch = seconds["training epoch"]
-    rows.append(
-        compare("question 3, training epoch", epoch[f"ours, {cores} at once"], epoch["textbook"])
-    )
+    ours, textbook = (seconds["training epoch"][w] for w in (f"ours, {cores} at once", "textbook"))
+    rows.append(compare("question 3, training epoch", ours, textbook))
     for way in ("greedy", "nucleus, 3 samples"):
         task = f"question 3, spelling {words:,} words, {way}"
         rows.append(compare(task, seconds[way]["ours"], seconds[way]["textbook"]))
@@ -572,8 +559,8 @@ def draw(path, results):
         "beam size": ("Question 3: beam search", "Beam size"),
     }
     for axes, (what, (title, label)) in zip(others, panels.items()):
-        sizes = [int(size) for size in results["scaling"][what]]
-        axes.plot(sizes, results["scaling"][what].values(), "o-", markersize=4, color=utils.BLUE)
+        sizes, seconds = zip(*results["scaling"][what].items())
+        axes.plot(list(map(int, sizes)), seconds, "o-", markersize=4, color=utils.BLUE)
         axes.set(title=f"{title}, 1 thread", xlabel=label, ylabel="Time (s)")
         axes.set(xlim=(0, None), ylim=(0, None))
     utils.save_figure(path, fig)

@@ -30,11 +30,7 @@ def test_everything_is_measured(tmp_path, capsys, monkeypatch):
 def test_limit_of_step_by_hand(flop_per_s, linear_layers):
     """The linear layers of the network with batch norm: 8 rows take 48 operations per weight, four
     ways through memory 16 bytes."""
-    machine = {
-        "convolutions_s": 1,
-        "product_flop_per_s": flop_per_s,
-        "copy_bytes_per_s": 16e6,
-    }
+    machine = {"convolutions_s": 1, "product_flop_per_s": flop_per_s, "copy_bytes_per_s": 16e6}
     weights = 128 * 1024 + 1024 * 512 + 512 * 6
     limit = 1 + linear_layers * weights / 1e6
     assert benchmark.limit_of_step(machine, batch_norm=True) == pytest.approx(limit)

@@ -43,7 +43,6 @@ def write_zip(path, entries):
 # loading landscapes
 
 LAYOUTS = {
-    "channels last": ("images", lambda a: a),
     "channels first": ("images", lambda a: a.transpose(0, 3, 1, 2)),
     "flattened": ("images", lambda a: a.reshape(len(a), -1)),
     "float32 in 0..1": ("images", lambda a: a.astype(np.float32) / 255),
@@ -51,7 +50,6 @@ LAYOUTS = {
     "float16 in 0..1, flattened": ("images", lambda a: (a / 255).astype("f2").reshape(-1, 6912)),
     "Fortran order": ("images", np.asfortranarray),
     "int32 labels": ("labels", lambda a: a.astype(np.int32)),
-    "labels in a column": ("labels", lambda a: a[:, None]),
     "uint8 labels in a column": ("labels", lambda a: a[:, None].astype(np.uint8)),
 }
 
@@ -81,10 +79,8 @@ def test_the_fingerprint_depends_on_each_pixel_and_label(landscapes):
 
 BAD_ARRAYS = {
     "32 pixels": ("test_images", lambda a: a[:, :32, :32], "shape"),
-    "grey images": ("train_images", lambda a: a[..., 0], "shape"),
     "a number": ("train_images", lambda a: np.uint8(3), "shape"),
     "int64 images": ("train_images", lambda a: a.astype(np.int64), "type int64"),
-    "strings": ("train_images", lambda a: a.astype(str), "type"),
     "NaN": ("val_images", lambda a: np.where(a == a.max(), np.nan, a), "nan"),
     "floats up to 256": ("val_images", lambda a: a * np.float32(0) + 256, "256"),
     "negative floats": ("val_images", lambda a: a * -1.0, "values from"),
@@ -113,20 +109,14 @@ class Bomb:
 
 
 BAD_FILES = {
-    "missing": (lambda path, good: None, "no such file"),
     "empty": (lambda path, good: path.write_bytes(b""), "not a readable"),
     "text": (lambda path, good: path.write_text("not an npz"), "not a readable"),
     "a folder": (lambda path, good: path.mkdir(), "not a readable"),
     "a pickle": (lambda path, good: path.write_bytes(pickle.dumps(Bomb())), "not a readable"),
     "one array": (lambda path, good: np.save(path.open("wb"), np.zeros(3)), "single array"),
     "other arrays": (lambda path, good: np.savez(path, val_labels=[1]), "has no .*val_images"),
-    "another zip archive": (lambda path, good: write_zip(path, {"a.txt": ""}), "has no"),
-    "cut at 1 %": (lambda path, good: path.write_bytes(good[: len(good) // 100]), "not a readable"),
     "cut at 99.9 %": (lambda path, good: path.write_bytes(good[: -len(good) // 1000]), "not a"),
-    "damaged": (
-        lambda path, good: path.write_bytes(good.replace(good[9000:9020], b"?" * 20)),
-        "CRC",
-    ),
+    "damaged": (lambda p, good: p.write_bytes(good.replace(good[9000:9020], bytes(20))), "CRC"),
 }
 
 
@@ -146,7 +136,6 @@ SHADES = np.linspace(0, 65535, 48 * 48).astype(np.uint16).reshape(48, 48)
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (48, 48))]}
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # the orientation of the camera
-
 EXACT = {  # (pixels of a file, options of Image.save, pixels that are read)
     "48 pixels": (PIXELS, {}, PIXELS),
     "16 bits": (SHADES, {}, np.repeat(SHADES[..., None] // 257, 3, 2)),
@@ -184,19 +173,14 @@ def test_formats_that_pillow_lacks_do_not_affect_the_others(monkeypatch):
     assert utils.read_image("x.png").shape == (3, 48, 48)
 
 
-BAD_IMAGES = {
-    "empty": (lambda path: path.write_bytes(b""), "cannot identify"),
-    "text": (lambda path: path.write_bytes(b"hello"), "cannot identify"),
-    "only a header": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50)), ""),
-    "floats": (lambda path: Image.new("F", (60, 60), 0.5).save(path, "tiff"), "floats of unknown"),
-}
-
-
-@pytest.mark.parametrize(("write", "message"), **table(BAD_IMAGES))
-def test_bad_images_are_named(write, message):
-    write(Path("x.png"))
-    with pytest.raises(UserError, match=rf"x\.png: not a readable image \(.*{message}"):
-        utils.read_image("x.png")
+def test_bad_images_are_named():
+    Path("text").write_bytes(b"hello")
+    Path("header").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    Image.new("F", (60, 60), 0.5).save("floats", "tiff")
+    messages = {"text": "cannot identify", "header": "", "floats": "floats of unknown"}
+    for name, message in messages.items():
+        with pytest.raises(UserError, match=rf"{name}: not a readable image \(.*{message}"):
+            utils.read_image(name)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -215,7 +199,6 @@ def load_words(text, split="valid"):
 CAT, CAFE = (("k", "æ", "t"), "cat"), (("k", "a", "f", "e"), "caf\u00e9")
 
 GOOD_WORDS = {
-    "two words": ("k æ t\tcat\nk a f e\tcafé\n", [CAT, CAFE]),
     "no newline at the end": ("k æ t\tcat", [CAT]),
     "Windows line endings": ("k æ t\tcat\r\nk a f e\tcafé\r\n", [CAT, CAFE]),
     "byte order mark": ("\ufeffk æ t\tcat\n", [CAT]),
@@ -235,7 +218,6 @@ def test_pronunciations_are_read(text, expected):
 BAD_WORDS = {
     "empty": ("", ": is empty"),
     "no tab": ("k æ t\tcat\nk æ t cat\n", ", line 2: 1 fields"),
-    "three fields": ("k æ t\tcat\t1\n", ", line 1: 3 fields"),
     "a blank line": ("k æ t\tcat\n\nk æ t\tcat\n", ", line 2: 1 fields"),
     "no spelling": ("k æ t\t\n", ", line 1: an empty field"),
     "no phonemes": (" \tcat\n", ", line 1: an empty field"),
@@ -244,7 +226,6 @@ BAD_WORDS = {
     "a carriage return": ("k æ t\tcat\rk æ t\tcat\n", ", line 1: 3 fields"),
     "hidden text": ("k æ t\tcat\nk æ t\tc\u202eat\n", ", line 2: a control character"),
     "Latin-1": ("k æ t\tcat\n".encode() + b"k a f e\tcaf\xe9\n", ", line 2: not UTF-8"),
-    "a surrogate": (b"k a\t\xed\xa0\x80\n", ", line 1: not UTF-8"),
 }
 
 
@@ -254,9 +235,7 @@ def test_bad_lines_are_named(content, message):
         load_words(content, "test")
 
 
-def test_lists_that_are_not_files():
-    with pytest.raises(UserError, match=r"train\.tsv: no such file"):
-        utils.load_pronunciations(Path())
+def test_a_folder_in_place_of_a_list_is_named():
     Path("train.tsv").mkdir()
     with pytest.raises(UserError, match=r"train\.tsv: cannot be read"):
         utils.load_pronunciations(Path())
@@ -308,18 +287,15 @@ def test_archive_and_folder_give_the_same_file(capsys):
     assert class_counts(splits["val"]) == [1, 1, 1, 2, 2, 2]
     assert class_counts(splits["train"]) == [10, 11, 12, 12, 13, 14]
     assert class_counts(splits["test"]) == [2] * 6
+    names = sorted(path for path in ENTRIES if path.startswith(TEST))
+    for image, label, name in zip(*splits["test"], names):
+        assert CLASSES[label] == name.split("/")[2]
+        assert torch.equal(image, utils.read_image(io.BytesIO(ENTRIES[name])))
     before = Path("x.npz").read_bytes()
     with zipfile.ZipFile("x.zip") as file:
         file.extractall("unpacked")
     prepare("--folder unpacked")
     assert Path("x.npz").read_bytes() == before
-
-
-def test_images_keep_their_pixels_and_labels():
-    names = sorted(path for path in ENTRIES if path.startswith(TEST))
-    for image, label, name in zip(*prepare("--archive x.zip")["test"], names):
-        assert CLASSES[label] == name.split("/")[2]
-        assert torch.equal(image, utils.read_image(io.BytesIO(ENTRIES[name])))
 
 
 def test_the_seed_chooses_the_validation_images():
@@ -371,19 +347,14 @@ def test_broken_images_are_named_and_left_out(capsys):
     ]
 
 
-def with_entry(name, content=b"", **attributes):
-    """Write an archive that has one more entry; attributes: of its ZipInfo."""
+def with_entry(name, content=b"", change=bytes, **attributes):
+    """Write an archive that has one more entry; attributes: of its ZipInfo; change: its bytes."""
     entry = zipfile.ZipInfo(name)
     for attribute, value in attributes.items():
         setattr(entry, attribute, value)
-    return lambda path: write_zip(path, ENTRIES | {entry: content})
-
-
-def changed(change):
-    """Write an archive whose bytes are changed."""
 
     def write(path):
-        write_zip(path, ENTRIES | {"é": b""})
+        write_zip(path, ENTRIES | {entry: content})
         path.write_bytes(change(path.read_bytes()))
 
     return write
@@ -400,14 +371,12 @@ BAD_ARCHIVES = {
     "a link": (with_entry(NAME, b"/etc/passwd", external_attr=LINK_MODE), "is a link"),
     "a huge entry": (with_entry(NAME, bytes(65 * 2**20)), "unpacks to 65 MiB"),
     "a later zip version": (with_entry(NAME, extract_version=99), "not a readable zip"),
-    "a name not in UTF-8": (
-        changed(lambda b: b.replace("é".encode(), b"\xff\xff")),
+    "no UTF-8": (
+        with_entry("é", change=lambda b: b.replace(b"\xa9", b"\xff")),
         "not a readable zip",
     ),
-    "cut": (changed(lambda b: b[:-2000]), "not a readable zip"),
-    "text": (changed(lambda b: b"hello"), "not a readable zip"),
-    "empty": (changed(lambda b: b""), "not a readable zip"),
-    "missing": (lambda path: None, "not a readable zip"),
+    "cut": (with_entry("x", change=lambda b: b[:-2000]), "not a readable zip"),
+    "text": (lambda path: path.write_text("hello"), "not a readable zip"),
     "no images": (lambda path: write_zip(path, {"a.txt": b""}), "no train images found"),
     "two images": (lambda path: write_zip(path, TWO_IMAGES), "too few training images"),
 }
@@ -424,10 +393,7 @@ def test_bad_archives_are_refused_as_a_whole(fails, write, message):
 
 def test_an_entry_without_a_name_is_ignored():
     before = prepare("--archive x.zip")
-    with zipfile.ZipFile("x.zip", "a") as file:
-        file.writestr("nameless", b"")
-    content = Path("x.zip").read_bytes()
-    Path("x.zip").write_bytes(content.replace(b"nameless", b"\0" * 8))
+    with_entry("name", change=lambda b: b.replace(b"name", bytes(4)))(Path("x.zip"))
     prepare_landscapes.main(["--archive", "x.zip", "--output", "x.npz"])
     after = utils.load_landscapes(Path("x.npz")).splits
     assert all(torch.equal(a, b) for s in SPLITS for a, b in zip(before[s], after[s]))
@@ -444,7 +410,8 @@ def test_real_photographs(real_data, capsys):
 # ----------------------------------------------------------------------------------------------
 # preparing pronunciations
 
-SIZES = "--train 40 --valid 7 --test 9 "
+SIZES = "--train 40 --valid 7 --test 9"
+LIST = f"--tsv list.tsv {SIZES}"
 
 
 def write_list(path):
@@ -472,23 +439,19 @@ def contents(folder):
 
 
 def test_pronunciations_are_split_by_spelling(capsys):
-    data = prepare_words("a", SIZES + "--tsv list.tsv")
+    data = prepare_words("a", LIST)
     assert "Wrote 40 pairs" in capsys.readouterr().out
     assert_split(data, 40, 7, 9)
     pairs = {pair for split in data.splits.values() for pair in split}
     assert len(pairs) == 56
     assert all(sound[0] == "w" and word == f"word{sound[2]}" for sound, word in pairs)
-    again = prepare_words("b", SIZES + "--tsv list.tsv")
-    other = prepare_words("c", SIZES + "--tsv list.tsv --seed 1")
-    assert again.fingerprint == data.fingerprint != other.fingerprint
-
-
-def test_all_remaining_pairs_can_be_trained_on():
-    assert_split(prepare_words("a", SIZES + "--tsv list.tsv --train all"), 80 - 16, 7, 9)
+    assert prepare_words("b", LIST).fingerprint == data.fingerprint
+    assert prepare_words("c", f"{LIST} --seed 1").fingerprint != data.fingerprint
+    assert_split(prepare_words("d", f"{LIST} --train all"), 80 - 16, 7, 9)
 
 
 def test_keep_makes_a_larger_training_set_for_the_same_test_words():
-    small = prepare_words("small", SIZES + "--tsv list.tsv")
+    small = prepare_words("small", LIST)
     Path("small/valid.tsv").write_text("w ɜ x\tword of another list\n", encoding="utf-8")
     large = prepare_words("large", "--tsv list.tsv --keep small --train all")
     assert_split(large, 80 - 9, 1, 9)
@@ -497,18 +460,16 @@ def test_keep_makes_a_larger_training_set_for_the_same_test_words():
 
 
 def test_other_words_are_replaced_only_by_request(fails):
-    argv = SIZES + "--tsv list.tsv"
-    first = prepare_words("a", argv).fingerprint
-    assert prepare_words("a", argv).fingerprint == first
-    line = fails(prepare_pronunciations.main, f"{argv} --output_dir a --seed 1".split())
+    first = prepare_words("a", LIST).fingerprint
+    line = fails(prepare_pronunciations.main, f"{LIST} --output_dir a --seed 1".split())
     assert "train.tsv: has other words; give --replace" in line
-    assert utils.load_pronunciations(Path("a")).fingerprint == first
-    assert prepare_words("a", f"{argv} --seed 1 --replace").fingerprint != first
+    assert prepare_words("a", LIST).fingerprint == first
+    assert prepare_words("a", f"{LIST} --seed 1 --replace").fingerprint != first
 
 
 @pytest.mark.parametrize("file", [1, 2, 3])
 def test_a_full_disk_leaves_the_earlier_files(monkeypatch, fails, file):
-    prepare_words("a", SIZES + "--tsv list.tsv")
+    prepare_words("a", LIST)
     before, successes = contents("a"), iter(range(file - 1))
 
     def fsync(number):
@@ -516,21 +477,20 @@ def test_a_full_disk_leaves_the_earlier_files(monkeypatch, fails, file):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    argv = SIZES + "--tsv list.tsv --output_dir a --seed 1 --replace"
-    assert "cannot be written" in fails(prepare_pronunciations.main, argv.split())
+    argv = f"{LIST} --output_dir a --seed 1 --replace".split()
+    assert "cannot be written" in fails(prepare_pronunciations.main, argv)
     assert contents("a") == before
 
 
-@pytest.mark.parametrize("language", ["eng_latn_us", "eng_latn_uk", "por_latn_po"])
-def test_real_wikipron(real_data, language):
-    data = prepare_words("a", f"--tsv {real_data}/wikipron/{language}_broad.tsv")
-    assert_split(data, 10_000, 1000, 1000)
-
-
-def test_all_of_wikipron_beside_the_assignments_words(real_data):
-    argv = f"--tsv {real_data}/wikipron/eng_latn_us_broad.tsv --keep {real_data}/pronunciations"
-    data = prepare_words("a", f"{argv} --train all")
-    assert [len(data.splits[split]) for split in SPLITS] == [75049, 1000, 1000]
+def test_real_wikipron(real_data):
+    lists = real_data / "wikipron"
+    for language in ("eng_latn_us", "eng_latn_uk", "por_latn_po"):
+        assert_split(
+            prepare_words(language, f"--tsv {lists}/{language}_broad.tsv"), 10_000, 1000, 1000
+        )
+    argv = f"--tsv {lists}/eng_latn_us_broad.tsv --keep {real_data}/pronunciations --train all"
+    splits = prepare_words("a", argv).splits  # the assignment's share a few spellings
+    assert [len(splits[split]) for split in SPLITS] == [75049, 1000, 1000]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -541,24 +501,15 @@ PHOTOGRAPHS, WORDS = prepare_landscapes.main, prepare_pronunciations.main
 BAD_COMMANDS = {
     "photographs, no source": (PHOTOGRAPHS, "", "required"),
     "photographs, two sources": (PHOTOGRAPHS, "--archive a --folder b", "not allowed"),
-    "photographs, unknown option": (PHOTOGRAPHS, "--archive a --folders x", "--folders"),
-    "photographs, no folder": (PHOTOGRAPHS, "--folder none", "none: no such folder"),
     "photographs, output folder": (PHOTOGRAPHS, "--archive a --output .", "ends in .npz"),
     "photographs, no .npz": (PHOTOGRAPHS, "--archive a --output x", "ends in .npz"),
     "words, no source": (WORDS, "", "required"),
     "words, two sources": (WORDS, "--tsv x --language y", "not allowed"),
-    "words, no file": (WORDS, "--tsv none.tsv", "none.tsv: no such file"),
     "words, a path as a language": (WORDS, "--language ../x", "is not a name"),
-    "words, size 0": (WORDS, "--tsv list.tsv --valid 0", "argument --valid"),
-    "words, unknown size": (WORDS, "--tsv list.tsv --train most", "argument --train"),
-    "words, too few": (WORDS, f"--tsv list.tsv {SIZES} --train 400", "train needs 400, has 64"),
+    "words, too few": (WORDS, f"{LIST} --train 400", "train needs 400, has 64"),
     "words, none remain": (WORDS, "--tsv list.tsv --test 73 --valid 7 --train all", "has 0"),
     "words, output over the list": (WORDS, "--tsv ./train.tsv", "would be overwritten"),
-    "words, output in a file": (
-        WORDS,
-        f"--tsv list.tsv {SIZES} --output_dir list.tsv",
-        "cannot be",
-    ),
+    "words, output in a file": (WORDS, f"{LIST} --output_dir list.tsv", "cannot be"),
     "words, sizes with --keep": (WORDS, "--tsv x --keep y --test 3", "leave out --valid"),
     "words, --keep of the output": (WORDS, "--tsv list.tsv --keep .", "its own training pairs"),
     "words, --keep of no folder": (WORDS, "--tsv list.tsv --keep x", "test.tsv: no such file"),
@@ -613,20 +564,14 @@ def test_downloading_photographs(server, capsys):
 
 
 def test_downloading_a_list(server):
-    argv = SIZES + "--language xyz --url "
+    argv = f"{SIZES} --language xyz --url"
     data = prepare_words("a", f"{argv} {server}/{{language}}.tsv")
-    assert data.fingerprint == prepare_words("b", SIZES + "--tsv list.tsv").fingerprint
+    assert data.fingerprint == prepare_words("b", LIST).fingerprint
     assert data.fingerprint == prepare_words("a", f"{argv} nonsense").fingerprint
 
 
-BAD_ADDRESSES = {
-    "no such file": "{server}/nothing.zip",
-    "cut archive": "{server}/cut.zip",
-    "cut list": "{server}/cut.tsv",
-    "closed port": "http://127.0.0.1:9/x.zip",
-    "not an address": "nonsense",
-    "unknown protocol": "nonsense://x",
-}
+BAD_ADDRESSES = ("{server}/nothing.zip", "{server}/cut.zip", "{server}/cut.tsv",
+                 "http://127.0.0.1:9/x.zip", "nonsense")  # fmt: skip
 DOWNLOADS = {
     "photographs": (PHOTOGRAPHS, "--download --output out/x.npz --url"),
     "words": (WORDS, "--language xyz --output_dir out --url"),
@@ -634,7 +579,7 @@ DOWNLOADS = {
 
 
 @pytest.mark.parametrize(("main", "argv"), **table(DOWNLOADS))
-@pytest.mark.parametrize("url", BAD_ADDRESSES.values(), ids=BAD_ADDRESSES)
+@pytest.mark.parametrize("url", BAD_ADDRESSES)
 def test_failed_downloads_leave_nothing(server, fails, main, argv, url):
     url = url.format(server=server)
     assert url in fails(main, [*argv.split(), url])
@@ -649,20 +594,9 @@ def test_sample_landscapes():
     data = sample.draw_landscapes()
     assert (data.name, data.fingerprint) == ("sample", "da5f87688616")  # records depend on it
     for split, count in sample.IMAGE_COUNTS.items():
-        images, labels = data.splits[split]
-        assert images.shape == (count, 3, 48, 48)
-        assert images.dtype == torch.uint8
-        assert torch.bincount(labels).tolist() == [count // 6] * 6
+        assert class_counts(data.splits[split]) == [count // 6] * 6
     distinct = {image.numpy().tobytes() for images, _ in data.splits.values() for image in images}
     assert len(distinct) == sum(sample.IMAGE_COUNTS.values())
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_class_can_be_drawn_with_many_seeds(name):
-    for seed in range(30):
-        image = sample.draw_landscape(name, np.random.default_rng(seed))
-        assert image.shape == (48, 48, 3)
-        assert image.std() > 3  # not uniform
 
 
 def test_sample_pronunciations():
@@ -672,11 +606,3 @@ def test_sample_pronunciations():
     assert_split(data, *sample.PAIR_COUNTS.values())
     phonemes = {phoneme for sound, _ in data.splits["train"] for phoneme in sound}
     assert phonemes == set(sample.IPA.values())
-
-
-@pytest.mark.parametrize(
-    ("phone", "ipa"),
-    [("AH0", "ə"), ("AH1", "ʌ"), ("ER0", "ɚ"), ("ER2", "ɝ"), ("IY1", "i"), ("CH", "t͡ʃ")],
-)
-def test_arpabet_to_ipa(phone, ipa):
-    assert sample.to_ipa(phone) == ipa

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import io
 import itertools
-import json
 import multiprocessing
 import os
 import pickle
@@ -22,6 +21,7 @@ import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ import hw2_q2
 import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
-from tests.conftest import DATA, Killed, assert_equal_runs, make_run, save_checkpoint
+from tests.conftest import assert_equal_runs, make_run
 from utils import UserError
 
 SCRIPTS = {"q2": hw2_q2, "q3": hw2_q3}
@@ -65,8 +65,8 @@ def finished_runs(commands, tmp_path_factory):
 
 @pytest.fixture
 def start(commands, finished_runs, tmp_path):
-    """start(question): main function and arguments of a run in tmp_path/out, or, if it is to be
-    finished, also its checkpoint and its record."""
+    """start(question): main function and arguments of a run in tmp_path/out; of a finished one also
+    checkpoint and record."""
 
     def make(question, finished=False):
         out = tmp_path / "out"
@@ -135,20 +135,16 @@ def run_child(question, argv, folder, kill=None, delay=None, moment=0):
 
 def random_kill(rng, seconds):
     """How to kill a run of `seconds`: at any time, or around any of its nine files."""
-    kill = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
-    if rng.random() < 0.5:
-        return {"kill": kill, "delay": rng.uniform(0, seconds)}
-    return {"kill": kill, "moment": rng.randint(1, 27)}
+    when = rng.choice(({"delay": rng.uniform(0, seconds)}, {"moment": rng.randint(1, 27)}))
+    return {"kill": rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), **when}
 
 
 def assert_files_are_whole(folder):
     """Every file under a final name can be read."""
-    for path in folder.rglob("[!.]*.pt"):
-        utils.load_checkpoint(path)
-    for path in folder.rglob("[!.]*.json"):
-        utils.load_record(path)
-    for path in folder.rglob("[!.]*.png"):
-        Image.open(path).load()
+    readers = {"pt": utils.load_checkpoint, "json": utils.load_record, "png": utils.read_image}
+    for suffix, read in readers.items():
+        for path in folder.rglob(f"[!.]*.{suffix}"):
+            read(path)
 
 
 def results(folder, output):
@@ -232,19 +228,17 @@ def disk_limit():
 def test_a_full_disk_costs_no_finished_epoch(
     start, question, disk_limit, tmp_path, fails, monkeypatch, capsys
 ):
-    (main, argv), save = start(question), utils.save_checkpoint
+    (main, argv), save, before = start(question), utils.save_checkpoint, {}
 
-    def save_and_die(*args, **more):
+    def save_and_fill(*args, **more):
         save(*args, **more)
-        raise Killed
+        before.update(contents(tmp_path / "out"))
+        disk_limit(2000)
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(utils, "save_checkpoint", save_and_die)
-        main(argv)
-    before = contents(tmp_path / "out")
-    disk_limit(2000)
+    monkeypatch.setattr(utils, "save_checkpoint", save_and_fill)
     assert ".pt: cannot be written" in fails(main, argv)
-    assert contents(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before != {}
+    monkeypatch.undo()
     disk_limit(-1)
     main(argv)
     assert "Resuming after epoch 1" in capsys.readouterr().out
@@ -255,10 +249,7 @@ DISK_ERRORS = [("q2", errno.ENOSPC), ("q3", errno.EROFS), ("q3", errno.EACCES), 
 
 @pytest.mark.parametrize(("question", "code"), DISK_ERRORS)
 def test_a_folder_that_cannot_be_written(start, question, code, monkeypatch, tmp_path, fails):
-    def fail(*args):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(utils, "_replace", fail)
+    monkeypatch.setattr(utils, "_replace", Mock(side_effect=OSError(code, os.strerror(code))))
     assert f"cannot be written ([Errno {code}]" in fails(*start(question))
     assert contents(tmp_path / "out") == {}
 
@@ -271,22 +262,6 @@ def test_a_file_where_a_folder_should_be(start, question, name, tmp_path, fails)
     path.write_text("mine")
     assert f"error: {path}" in fails(*start(question))
     assert path.read_text() == "mine"
-
-
-@both_questions
-def test_a_figure_that_cannot_be_written_costs_no_training(start, question, fails, capsys):
-    main, argv, _, record = start(question, finished=True)
-    before = utils.load_record(record)
-    figure = next(record.parents[1].glob(f"{question}-*/*.png"))
-    record.unlink()
-    figure.unlink()
-    figure.mkdir()
-    assert f"{figure.name}: cannot be written" in fails(main, argv)
-    figure.rmdir()
-    main(argv)
-    assert "Epoch " not in capsys.readouterr().out
-    assert figure.is_file()
-    assert utils.load_record(record)["final"] == before["final"]
 
 
 def test_an_allocation_that_no_machine_can_make(fails):
@@ -311,20 +286,14 @@ BUGS = [
 @both_questions
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
 def test_short_memory_in_training_ends_with_one_line(start, question, error, monkeypatch, fails):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(utils, "learning_rate", fail)
+    monkeypatch.setattr(utils, "learning_rate", Mock(side_effect=error))
     assert "out of memory; reduce batch size or network" in fails(*start(question))
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=repr)
 def test_a_bug_shows_its_traceback(bug):
-    def main():
-        raise bug
-
     with pytest.raises(type(bug)) as caught:
-        utils.run_script(main)
+        utils.run_script(Mock(side_effect=bug))
     assert caught.value is bug
 
 
@@ -343,9 +312,9 @@ def test_output_that_cannot_be_written(target, errors):
 @pytest.mark.parametrize("name", ["stdin", "stdout", "stderr"])
 def test_a_standard_stream_that_is_closed(monkeypatch, name):
     monkeypatch.setattr(sys, name, None)
-    calls = []
-    utils.run_script(lambda: calls.append(print("x")))
-    assert calls == [None]
+    main = Mock(side_effect=lambda: print("x"))
+    utils.run_script(main)
+    main.assert_called_once()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -353,44 +322,29 @@ def test_a_standard_stream_that_is_closed(monkeypatch, name):
 
 
 class Bomb:
-    """Unpickling it would write a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
+    """Unpickling it would write the file `exploded`."""
 
     def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def write_truncated(path, fraction):
-    save_checkpoint(path, model={"w": torch.randn(1000)})
-    os.truncate(path, int(fraction * os.path.getsize(path)))
+        return open, ("exploded", "w")
 
 
 BAD_CHECKPOINTS = {
-    "missing": lambda path, bomb: None,
-    "empty": lambda path, bomb: path.write_bytes(b""),
-    "text": lambda path, bomb: path.write_text("hello"),
-    "a folder": lambda path, bomb: path.mkdir(),
-    "a pickle that runs code": lambda path, bomb: path.write_bytes(pickle.dumps(bomb)),
-    "a checkpoint that runs code": lambda path, bomb: torch.save({"model": bomb}, path),
-    "another program's": lambda path, bomb: torch.save({"state_dict": {}}, path),
-    "a tensor": lambda path, bomb: torch.save(torch.ones(3), path),
-    "lists for dictionaries": lambda path, bomb: save_checkpoint(path, model=[], history=[]),
-    "cut to 0.1 %": lambda path, bomb: write_truncated(path, 0.001),
-    "cut to 50 %": lambda path, bomb: write_truncated(path, 0.5),
-    "cut to 99.9 %": lambda path, bomb: write_truncated(path, 0.999),
+    "a folder": lambda path: path.mkdir(),
+    "a pickle that runs code": lambda path: path.write_bytes(pickle.dumps(Bomb())),
+    "a checkpoint that runs code": lambda path: torch.save({"model": Bomb()}, path),
+    "another program's": lambda path: torch.save({"state_dict": {}}, path),
+    "a tensor": lambda path: torch.save(torch.ones(3), path),
 }
 
 
 @pytest.mark.parametrize("write", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
-def test_a_file_that_is_no_checkpoint_is_named_and_runs_no_code(tmp_path, write):
-    path = tmp_path / "c.pt"
-    write(path, Bomb(tmp_path / "exploded"))
+def test_a_file_that_is_no_checkpoint_is_named_and_runs_no_code(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    write(Path("c.pt"))
     for load in (hw2_q2.load_network, hw2_q3.load_speller):
         with pytest.raises(UserError, match=r"c\.pt"):
-            load(path, "cpu")
-    assert not (tmp_path / "exploded").exists()
+            load(Path("c.pt"), "cpu")
+    assert not Path("exploded").exists()
 
 
 def test_a_bit_flipped_in_the_weights_is_found(start, fails):
@@ -405,39 +359,34 @@ def test_a_bit_flipped_in_the_weights_is_found(start, fails):
         assert "wrong checksum" in fails(main, words)
 
 
-def wrong_checkpoints(saved):
-    """(message, wrong content) for a checkpoint of question 3."""
-    model, data = saved["model"], saved["data"]
-    yield "belongs to another run", {"arguments": saved["arguments"] | {"lr": 0.1}}
-    yield "belongs to another run", {"training_version": saved["training_version"] - 1}
-    yield "belongs to another run", {"data": data | {"fingerprint": "0" * 12}}
-    yield "does not fit the network", {"model": {}}
-    yield "does not fit the network", {"model": model | {"decoder.output.bias": torch.zeros(3)}}
-    yield "does not fit the network", {"model": dict.fromkeys(model, "weights")}
-    state, [group] = saved["optimizer"]["state"], saved["optimizer"]["param_groups"]
-    short = state | {1: state[1] | {"exp_avg": torch.zeros(3)}}
-    yield "does not fit the network", {"optimizer": {}}
-    yield "does not fit the network", {"optimizer": {"state": {}, "param_groups": []}}
-    yield "does not fit the network", {"optimizer": {"state": state, "param_groups": "all"}}
-    yield "does not fit the network", {"optimizer": {"state": short, "param_groups": [group]}}
-    yield "not a readable checkpoint", {"seconds": 4}
-    yield "not a readable checkpoint", {"history": [0.5]}
-    yield "not a readable checkpoint", {"training_version": "2"}
-    yield "not a readable checkpoint", {"data": {}}
-    yield "not a readable checkpoint", {"data": data | {"name": 5}}
-    yield "not a readable checkpoint", {"seconds": saved["seconds"] * 3}
-    scalar = state | {1: state[1] | {"exp_avg": torch.zeros(())}}
-    yield "does not fit the network", {"optimizer": {"state": scalar, "param_groups": [group]}}
-
-
 def test_a_checkpoint_that_does_not_fit_its_run_is_named_and_kept(start, fails):
     main, argv, path, record = start("q3", finished=True)
     saved, scores = utils.load_checkpoint(path), utils.load_record(record)
-    for message, change in wrong_checkpoints(saved):
-        torch.save(saved | change, path)
-        before = path.read_bytes()
-        assert f"{path}: {message}" in fails(main, argv), change
-        assert path.read_bytes() == before
+    model, data, optimizer = (saved[part] for part in ("model", "data", "optimizer"))
+    state = optimizer["state"]
+    flat, scalar = (state | {1: state[1] | {"exp_avg": torch.zeros(n)}} for n in ((3,), ()))
+    wrong_contents = {
+        ("belongs to another run", "arguments"): [saved["arguments"] | {"lr": 0.1}],
+        ("belongs to another run", "training_version"): [saved["training_version"] - 1],
+        ("belongs to another run", "data"): [data | {"fingerprint": "0" * 12}],
+        ("does not fit the network", "model"): [
+            {}, model | {"decoder.output.bias": torch.zeros(3)}, dict.fromkeys(model, "weights"),
+        ],
+        ("does not fit the network", "optimizer"): [
+            {}, {"state": {}, "param_groups": []}, optimizer | {"param_groups": "all"},
+            optimizer | {"state": flat}, optimizer | {"state": scalar},
+        ],
+        ("not a readable checkpoint", "seconds"): [4, saved["seconds"] * 3],
+        ("not a readable checkpoint", "history"): [[0.5]],
+        ("not a readable checkpoint", "training_version"): ["2"],
+        ("not a readable checkpoint", "data"): [{}, data | {"name": 5}],
+    }  # fmt: skip
+    for (message, part), contents in wrong_contents.items():
+        for content in contents:
+            torch.save(saved | {part: content}, path)
+            before = path.read_bytes()
+            assert f"{path}: {message}" in fails(main, argv), (part, content)
+            assert path.read_bytes() == before
     main([*argv, "--restart"])
     restarted = utils.load_record(record), utils.load_checkpoint(path)
     assert_equal_runs(restarted, (scores, saved), ("model", "best"))
@@ -463,14 +412,20 @@ def test_a_damaged_record_is_named(tmp_path, content):
 
 
 @both_questions
-def test_a_damaged_record_costs_no_training(start, question, fails, capsys):
+def test_a_damaged_record_or_figure_costs_no_training(start, question, fails, capsys):
     main, argv, _, record = start(question, finished=True)
     before = utils.load_record(record)
     record.write_text(record.read_text()[:100])
     assert f"{record}: not a readable run record" in fails(main, argv)
     record.unlink()
+    figure = next(record.parents[1].glob(f"{question}-*/*.png"))
+    figure.unlink()
+    figure.mkdir()
+    assert f"{figure.name}: cannot be written" in fails(main, argv)
+    figure.rmdir()
     main(argv)
     assert "Epoch " not in capsys.readouterr().out
+    assert figure.is_file()
     assert utils.load_record(record)["final"] == before["final"]
 
 
@@ -519,12 +474,8 @@ MISSING = [
     (hw2_q2.main, "-predict x.jpg -checkpoint no/such/network.pt"),
     (hw2_q2.main, "-predict x.jpg -output_dir no/such"),
     (hw2_q3.main, "--data_dir no/such"),
-    (hw2_q3.main, "test --data_dir no/such"),
     (hw2_q3.main, "spell x --output_dir no/such"),
     (hw2_q3.main, "spell x --checkpoint_name no/such/model.pt"),
-    (prepare_landscapes.main, "--archive no/such/archive.zip"),
-    (prepare_landscapes.main, "--folder no/such"),
-    (prepare_pronunciations.main, "--tsv no/such/words.tsv"),
 ]
 
 
@@ -611,32 +562,12 @@ ARRAYS |= {f"{split}_labels": np.array([0, 5]) for split in utils.SPLITS}
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
 FORMATS = "PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP"
 IMAGES = {name: in_memory(Image.fromarray(PIXELS).save, name) for name in FORMATS}
-RECORD = {"command": "python hw2_q2.py", "arguments": {}, "data": DATA}
-RECORD |= {"history": {}, "measured": {}}
 
 
 def make_archive(file):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for folder, name in itertools.product(("seg_train", "seg_test"), utils.CLASSES):
             archive.writestr(f"{folder}/{folder}/{name}/1.png", IMAGES["PNG"])
-
-
-def make_checkpoint():
-    """The content of a small speller's checkpoint."""
-    words = "--use_attn", "--hidden_size", "2", "--dropout", "0.1"
-    vocabularies = [hw2_q3.Vocabulary([*hw2_q3.SPECIAL, *symbols]) for symbols in ("kæt", "cat")]
-    model = hw2_q3.build_model(hw2_q3.parse_args(words), *vocabularies)
-    symbols = dict(zip(("source", "target"), (v.symbols for v in vocabularies)))
-    data = {"name": "sample", "fingerprint": "0" * 12}
-    return {
-        **{"command": " ".join(("python hw2_q3.py", *words)), "arguments": {}, "data": data},
-        **{"training_version": 2, "history": {"val_cer": [0.5]}, "seconds": [1.0]},
-        **{"model": model.state_dict(), "best": model.state_dict(), "symbols": symbols},
-        "optimizer": torch.optim.Adam(model.parameters()).state_dict(),
-    }
-
-
-CHECKPOINT = make_checkpoint()
 
 
 def assert_landscapes(data):
@@ -651,7 +582,8 @@ def assert_image(image):
 
 
 def assert_record(record):
-    assert all(type(record[name]) is type(value) for name, value in RECORD.items())
+    kinds = {"command": str} | dict.fromkeys(("arguments", "data", "history", "measured"), dict)
+    assert all(type(record[name]) is kind for name, kind in kinds.items())
 
 
 def read_archive(path):
@@ -676,29 +608,36 @@ def assert_speller(loaded):
     loaded[0].greedy(loaded[0].encode([(("k", "æ"), "")]), 3)
 
 
-FILES = {  # name: (content, how it is read, what then is true)
-    "arrays": (in_memory(np.savez, **ARRAYS), utils.load_landscapes, assert_landscapes),
-    "archive": (in_memory(make_archive), read_archive, assert_landscapes),
-    "record": (json.dumps(RECORD).encode(), utils.load_record, assert_record),
-    "checkpoint": (
-        in_memory(lambda file: torch.save(CHECKPOINT, file)), read_checkpoint, assert_speller
-    ),
-    **{name: (content, utils.read_image, assert_image) for name, content in IMAGES.items()},
-}  # fmt: skip
+FILES = {  # name: (how it is read, what then is true)
+    "arrays": (utils.load_landscapes, assert_landscapes),
+    "archive": (read_archive, assert_landscapes),
+    "record": (utils.load_record, assert_record),
+    "checkpoint": (read_checkpoint, assert_speller),
+    **dict.fromkeys(IMAGES, (utils.read_image, assert_image)),
+}
+
+
+@pytest.fixture(scope="module")
+def contents_of_files(finished_runs):
+    """{name: the content of a good file}."""
+    [record], [checkpoint] = finished_runs.glob("*/runs/q3-*"), finished_runs.glob("*/q3-*.pt")
+    made = {"arrays": in_memory(np.savez, **ARRAYS), "archive": in_memory(make_archive)}
+    written = {"record": record.read_bytes(), "checkpoint": checkpoint.read_bytes()}
+    return IMAGES | made | written
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_files_that_are_fuzzed_are_good_ones(folder, name):
-    content, read, check = FILES[name]
-    (folder / name).write_bytes(content)
+def test_the_files_that_are_fuzzed_are_good_ones(folder, contents_of_files, name):
+    read, check = FILES[name]
+    (folder / name).write_bytes(contents_of_files[name])
     check(read(folder / name))
 
 
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
-def test_fuzzed_files(folder, name, data):
-    content, read, check = FILES[name]
-    (folder / name).write_bytes(data.draw(damaged(content)))
+def test_fuzzed_files(folder, contents_of_files, name, data):
+    read, check = FILES[name]
+    (folder / name).write_bytes(data.draw(damaged(contents_of_files[name])))
     if (result := read_or_refused(read, folder / name)) is not None:
         check(result)
 
@@ -751,12 +690,11 @@ def test_fuzzed_lists_of_wikipron(folder, content):
 
 
 @given(data=st.data())
-def test_fuzzed_pickles_in_intact_checkpoints(folder, data):
-    torch.save(CHECKPOINT, folder / "old.pt")
-    with zipfile.ZipFile(folder / "old.pt") as old, zipfile.ZipFile(folder / "p.pt", "w") as new:
+def test_fuzzed_pickles_in_intact_checkpoints(folder, contents_of_files, data):
+    good = io.BytesIO(contents_of_files["checkpoint"])
+    with zipfile.ZipFile(good) as old, zipfile.ZipFile(folder / "p.pt", "w") as new:
         for entry in old.infolist():
-            content = old.read(entry)
-            is_pickle = entry.filename.endswith("data.pkl")
+            content, is_pickle = old.read(entry), entry.filename.endswith("data.pkl")
             new.writestr(entry, data.draw(damaged(content)) if is_pickle else content)
     read_or_refused(read_checkpoint, folder / "p.pt")
 
@@ -767,9 +705,10 @@ JSON = st.recursive(
 )
 
 
-@given(name=st.sampled_from(list(CHECKPOINT)), value=JSON)
-def test_fuzzed_parts_of_checkpoints(folder, name, value):
-    torch.save(CHECKPOINT | {name: value}, folder / "v.pt")
+@given(data=st.data(), value=JSON)
+def test_fuzzed_parts_of_checkpoints(folder, contents_of_files, data, value):
+    good = torch.load(io.BytesIO(contents_of_files["checkpoint"]))
+    torch.save(good | {data.draw(st.sampled_from(sorted(good))): value}, folder / "v.pt")
     read_or_refused(read_checkpoint, folder / "v.pt")
 
 

@@ -448,3 +448,11 @@ def test_without_dask_a_scheduler_is_an_error(train_all, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(UserError, match="pip install distributed"):
         train_all("good", scheduler="tcp://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_same_figure_has_the_same_bytes(tmp_path, suffix):
+    for name in ("a", "b"):
+        utils.plot_curve(tmp_path / f"{name}.{suffix}", "title", "loss", [3.0, 2.0])
+    first, second = (tmp_path / f"{name}.{suffix}" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes() != b""
