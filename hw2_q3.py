@@ -925,7 +925,8 @@ def choose_speller(args: Namespace, device: torch.device) -> tuple[Speller, str]
         return is_real, is_same, -float(min(saved["history"]["val_cer"]))
 
     folder = args.output_dir / "checkpoints"
-    path = checkpoint_file(args) or utils.best_checkpoint(folder, "q3-", rank)
+    shipped = None if args.data_dir or is_g2p(args) else PRETRAINED
+    path = checkpoint_file(args) or utils.best_checkpoint(folder, "q3-", rank, shipped)
     speller, trained, saved = load_speller(path, device, args.direction)
     name = utils.printable(saved["data"]["name"])
     names = {"sample": "the built-in SAMPLE", "pronunciations": "your words"}
@@ -983,6 +984,7 @@ def spell_lines(
             print(f"{source.join(word)}\t{spelling}\t{log_prob:.3f}", flush=True)
 
 
+PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
 # Signs that IPA is written with and a model need not know: delimiters, stress, syllables, links and
 # tie bars; and signs that stand for others.
 IGNORED = set("/[]ˈˌ'’.·‿-–|\u0361\u035c")

@@ -783,8 +783,11 @@ def finished_record(run: Run) -> dict[str, Any]:
     return record if record.get("final") and is_trained(run) else {}
 
 
-def best_checkpoint(folder: Path, prefix: str, score: Callable[[dict], Any]) -> Path:
-    """The checkpoint prefix*.pt in `folder` with the highest score(content); None excludes one."""
+def best_checkpoint(
+    folder: Path, prefix: str, score: Callable[[dict], Any], default: Path | None = None
+) -> Path:
+    """The checkpoint prefix*.pt in `folder` with the highest score(content), which is None for one
+    that does not fit; without any the default. Raises UserError."""
     scores = {}
     for path in sorted(folder.glob(f"{prefix}*.pt")):
         try:
@@ -793,9 +796,11 @@ def best_checkpoint(folder: Path, prefix: str, score: Callable[[dict], Any]) -> 
         except UserError as error:
             print(f"Skipping {error}", file=sys.stderr)
     ranking = [(value, path) for path, value in scores.items() if value is not None]
-    if not ranking:
-        raise UserError(f"{folder}: no trained network there yet; train one first")
-    return max(ranking)[1]
+    if ranking:
+        return max(ranking)[1]
+    if default and default.exists():
+        return default
+    raise UserError(f"{folder}: no trained network there yet; train one first")
 
 
 class Diverged(UserError):

@@ -861,6 +861,23 @@ def test_the_best_speller_is_chosen(copied, out, words):
         chosen("--data_dir", words)
 
 
+SHIPPED = {
+    "/kæt/": "cat", "/dɔɡ/": "dog", "/ˈhæpi/": "happy", "/wɪndoʊ/": "window", "/stɹɔŋ/": "strong",
+    "W IH1 N D OW0": "window", "/kəmˈpænjənz/": "companions", "/ˈplænɪt/": "planet",
+    "/tʃɪp/": "chip", "/dʒʌmp/": "jump", "/ʃɪp/": "ship", "/ˈdɪnɚ/": "dinner", "K AE1 T": "cat",
+    "/ˈwɪntɚ/": "winter", "/ˈsɪlvɚ/": "silver", "/fænˈtæstɪk/": "fantastic", "/ˈneɪʃən/": "nation",
+    "/ˈlɪsənɪŋ/": "listening", "/ˈfæmɪli/": "family", "/ˈfɔɹɪst/": "forest", "/ˈɡleɪʃɚ/": "glacier",
+    "/ˈhɑspɪtəl/": "hospital",
+}  # fmt: skip
+
+
+def test_a_clone_spells_with_its_own_model(tmp_path):
+    """As recorded; without data and without a training."""
+    output, errors = main("spell --device cpu --output_dir", tmp_path, *SHIPPED)
+    assert [line.split("\t")[1] for line in output.splitlines()] == list(SHIPPED.values())
+    assert "pretrained/q3.pt (trained on the words in data/us-all, validation CER 0." in errors
+
+
 # ----------------------------------------------------------------------------------------------
 # options
 
