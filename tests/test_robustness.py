@@ -474,7 +474,7 @@ MISSING = [
     (hw2_q2.main, "-predict x.jpg -checkpoint no/such/network.pt"),
     (hw2_q2.main, "-predict x.jpg -output_dir no/such"),
     (hw2_q3.main, "--data_dir no/such"),
-    (hw2_q3.main, "spell x --output_dir no/such"),
+    (hw2_q3.main, "spell x --direction g2p --output_dir no/such"),
     (hw2_q3.main, "spell x --checkpoint_name no/such/model.pt"),
 ]
 
