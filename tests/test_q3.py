@@ -878,6 +878,48 @@ def test_a_clone_spells_with_its_own_model(tmp_path):
     assert "pretrained/q3.pt (trained on the words in data/us-all, validation CER 0." in errors
 
 
+def test_attention_by_hand():
+    """Scores of ln 2 and 0 make weights of 2/3 and 1/3; a padded row attends to its one value."""
+    attention, c = hw2_q3.BahdanauAttention(1), math.atanh(math.log(2))
+    for weights in attention.parameters():
+        torch.nn.init.ones_(weights)
+    for layer in (attention.query, attention.combine):
+        torch.nn.init.zeros_(layer.bias)
+    values = torch.tensor([[[c - 1], [-1.0]], [[0.5], [9.0]]])
+    memory = hw2_q3.Memory(values, values, torch.tensor([[True, True], [True, False]]))
+    with torch.no_grad():  # torch 2.4 fails where only the weights of an embedding bag need one
+        outputs, weights = attention(torch.ones(2, 1), torch.tensor([0, 1]), memory)
+    assert_close(weights, torch.tensor([[2 / 3, 1 / 3], [1.0, 0.0]]))
+    assert_close(outputs, torch.tensor([[2 * c / 3], [1.5]]).tanh())
+
+
+def test_beam_search_finds_the_best_of_all_spellings():
+    """A beam that is wider than their number lists all, in order, like an exhaustive search."""
+    for seed in range(4):
+        speller = make_speller(seed=seed, pairs=[(("A", "B"), "ab")])
+        pairs = speller.encode([(tuple("ABA"), ""), (("B",), "")])
+        for source, ours in zip(unpad(pairs)[0], speller.beam(pairs, 40, 4)):
+            scores = {}
+            for word in (w for n in range(5) for w in itertools.product("ab", repeat=n)):
+                indices = [*speller.target.encode(word), END][:4]
+                prefixes = [(indices[:i], index) for i, index in enumerate(indices)]
+                steps = [next_log_probs(speller.model, source, p)[i] for p, i in prefixes]
+                scores["".join(word)] = pytest.approx(float(sum(steps)), abs=1e-5)
+            best = sorted(scores.items(), key=lambda item: -item[1].expected)
+            assert ours == best
+        assert first_of(speller.beam(pairs, 8, 4)) == first_of(speller.beam(pairs, 40, 4))
+
+
+def test_the_embedding_of_unknown_symbols_is_never_trained(finished):
+    args = parse(f"{SMALL} {MODEL}")
+    utils.seed_everything(args.seed)
+    initial = hw2_q3.build_model(args, *hw2_q3.make_vocabularies(args, DATA)).encoder.embedding
+    trained = results(finished[0])[1]["model"]["encoder.embedding.weight"]
+    is_same = (trained == initial.weight).all(1)
+    assert is_same[UNK]
+    assert not is_same[END + 1 :].any()
+
+
 # ----------------------------------------------------------------------------------------------
 # options
 
