@@ -920,6 +920,26 @@ def test_the_embedding_of_unknown_symbols_is_never_trained(finished):
     assert not is_same[END + 1 :].any()
 
 
+def test_samples_have_the_frequencies_of_the_nucleus():
+    log_probs = torch.tensor([[0.0, 0.4, 0.3, 0.2, 0.1]]).log().expand(20000, 5)
+    choose = hw2_q3.nucleus_sampler(0.8, seeded(0))
+    frequencies = choose(log_probs).bincount(minlength=5) / 20000
+    assert_close(frequencies, torch.tensor([0, 4 / 9, 3 / 9, 2 / 9, 0]), atol=0.012, rtol=0)
+    assert frequencies[[0, 4]].sum() == 0
+
+
+def test_special_symbols_are_never_written():
+    """Even by a model that prefers them."""
+    speller = make_speller()
+    with torch.no_grad():
+        speller.model.decoder.output.bias[[PAD, UNK, START]] = 50.0
+    pairs = speller.encode(PAIRS)
+    samples = [speller.sample(pairs, p, 4, seeded(0), 15) for p in (0.8, 1.0)]
+    for row in itertools.chain(*samples, speller.greedy(pairs), speller.beam(pairs, 3)):
+        assert set("".join(spelling for spelling, _ in row)) <= set("abcdef")
+        assert all(math.isfinite(score) for _, score in row)
+
+
 # ----------------------------------------------------------------------------------------------
 # options
 
