@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import utils
 from data import sample
+from data.lexicon import Lexicon, load_lexicon
 from utils import Pronunciations, Run, UserError
 
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -534,6 +535,47 @@ def score_candidates(
 
 
 # ----------------------------------------------------------------------------------------------
+# lexicon
+
+LEXICON_BEAM = 30  # candidates that are re-ranked, or --beam_size, if that is more
+WEIGHTS = [i / 20 for i in range(11)]
+PENALTIES = [i / 2 for i in range(31)]
+
+
+def rerank(
+    candidates: list[list[tuple]], lexicon: Lexicon, weight: float, penalty: float
+) -> list[list[tuple]]:
+    """Each word's candidates sorted by log p(spelling | phonemes) + weight * log frequency, less
+    the penalty of a word that is not listed, which can still win."""
+
+    def score(candidate):
+        spelling, log_prob = candidate
+        frequency = lexicon.log_frequency(spelling)
+        return log_prob + (-penalty if frequency is None else weight * frequency)
+
+    return [sorted(row, key=score, reverse=True) for row in candidates]
+
+
+def choose_weights(
+    candidates: list[list[tuple]], true: list[str], lexicon: Lexicon
+) -> tuple[float, float]:
+    """The weight and penalty of `rerank`, chosen by WER on these words.
+
+    Among all weights whose WER is within one standard error of the lowest (Breiman et al. 1984,
+    section 3.4.3) the largest: words of a dictionary are mostly rare, words that people want to
+    spell are mostly frequent.
+    """
+    errors = {}
+    for weights in itertools.product(WEIGHTS, PENALTIES):
+        ranked = rerank(candidates, lexicon, *weights)
+        errors[weights] = wer([row[0][0] for row in ranked], true)
+    lowest = min(errors.values())
+    limit = lowest + math.sqrt(lowest * (1 - lowest) / len(true))
+    weight = max(weight for (weight, _), error in errors.items() if error <= limit)
+    return min((pair for pair in errors if pair[0] == weight), key=errors.get)
+
+
+# ----------------------------------------------------------------------------------------------
 # training
 
 TRAINING_VERSION = 2  # raised when a change alters the results of training
@@ -735,6 +777,8 @@ def test(args: Namespace, run: Run, data: Pronunciations, device: torch.device) 
         raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
     pairs = directed_pairs(args, data, "test")
     final = score(speller, pairs, args)
+    if args.lexicon:
+        final["lexicon"] = score_lexicon(speller, data, args)
     print_scores(final, args, data.name)
     if not args.ensemble and not utils.is_trained(run):
         print("The checkpoint is unfinished or of another run: its record is not written")
@@ -791,6 +835,8 @@ def is_finished(run: Run, args: Namespace) -> dict[str, Any]:
     if args.beam_size:
         same &= beam.get("size") == args.beam_size
         same &= f"wer@{min(args.k, args.beam_size)}" in beam
+    if args.lexicon:
+        same &= final.get("lexicon", {}).get("name") == args.lexicon
     return record if same else {}
 
 
@@ -814,6 +860,22 @@ def score(speller: Speller, pairs: list[tuple], args: Namespace) -> dict[str, An
     return final
 
 
+def score_lexicon(speller: Speller, data: Pronunciations, args: Namespace) -> dict[str, Any]:
+    """Test scores of a beam's spellings re-ranked by --lexicon, with weights chosen on the
+    validation words; 'listed': whether the list has each true word. Raises UserError."""
+    lexicon, size = load_lexicon(args.lexicon), max(LEXICON_BEAM, args.beam_size or 0)
+    val, test = (speller.encode(directed_pairs(args, data, split)) for split in ("val", "test"))
+    val_beam, test_beam = (speller.beam(pairs, size, args.max_len) for pairs in (val, test))
+    weights = choose_weights(val_beam, val.spellings, lexicon)
+    ranked, true, k = rerank(test_beam, lexicon, *weights), test.spellings, min(args.k, size)
+    about = {"name": lexicon.name, "source": lexicon.source, "size": size}
+    about |= {"weight": weights[0], "penalty": weights[1]}
+    about["listed"] = [int(lexicon.log_frequency(word) is not None) for word in true]
+    examples = [[w, [[s, round(x, 3)] for s, x in row[:k]]] for w, row in zip(true, ranked)]
+    scores = score_candidates(spellings(ranked), true, k)
+    return about | scores | {"examples": examples[:N_EXAMPLES]}
+
+
 def make_generator(args: Namespace, device: torch.device) -> torch.Generator:
     """The random numbers of nucleus sampling, seeded as the run; an ensemble's as its first."""
     seed = args.seed[0] if isinstance(args.seed, list) else args.seed
@@ -834,15 +896,24 @@ def print_scores(final: dict[str, Any], args: Namespace, data_name: str) -> None
             print(f"({word!r}, {{{', '.join(map(show, row))}}})")
         print(f"Test WER@{k}: {scores[f'wer@{k}']:.4f}{mark}")
 
+    def print_beam(scores):
+        k = min(args.k, scores["size"])
+        what = f"their {k} best and log-probabilities"
+        print_candidates(scores, k, what, lambda pair: f"{pair[0]!r}: {pair[1]:.3f}")
+
     print_rates(final["greedy"])
     if args.nucleus:
         print(f"Nucleus sampling, p = {args.topp:g}, the first of {args.k} samples:")
         print_candidates(final["nucleus"], args.k, "multiple predictions", repr)
     if args.beam_size:
-        k = min(args.k, args.beam_size)
         print(f"Beam search, size {args.beam_size}, the best:")
-        what = f"their {k} best and log-probabilities"
-        print_candidates(final["beam"], k, what, lambda pair: f"{pair[0]!r}: {pair[1]:.3f}")
+        print_beam(final["beam"])
+    if args.lexicon:
+        scores = final["lexicon"]
+        weight, penalty = f"{scores['weight']:g}", f"{scores['penalty']:g}"
+        print(f"Beam search, size {scores['size']}, re-ranked by {scores['source']}:")
+        print(f"log-probability + {weight} x log frequency, or - {penalty} if not listed")
+        print_beam(scores)
 
 
 @torch.inference_mode()
@@ -1026,7 +1097,7 @@ def segment(token: str, known: Set[str]) -> list[str]:
 # options
 
 DASH = "--"
-DECODING_OPTIONS = "nucleus", "topp", "k", "beam_size", "max_len"
+DECODING_OPTIONS = "nucleus", "topp", "k", "beam_size", "lexicon", "max_len"
 RUNTIME_OPTIONS = (  # where and how a run is made: they do not identify it
     "mode", "ipa", "input", "device", "threads", "jobs", "scheduler", "restart", "data_dir",
     "output_dir", "checkpoint_name",
@@ -1112,6 +1183,10 @@ def add_decoding_options(add: Callable) -> None:
         help="candidates per word, the k of WER@k (default: %(default)s)")
     add("--beam_size", type=utils.number(int, 1, 100), metavar="N",
         help="also test beam search of this size; for spell: instead of greedy decoding")
+    add("--lexicon", metavar="LIST",
+        help="also test a beam of 30 re-ranked by a list of words: a language of the package "
+        "wordfreq, such as en, or a file with a word on each line, optionally TAB and a count; for "
+        "spell: the model's own by default; none turns it off")
     add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN,
         help="maximum length of a spelling (default: %(default)s)")
     add("--input", metavar="FILE",
@@ -1128,6 +1203,10 @@ def validate_args(args: Namespace) -> None:
         raise UserError(f"--checkpoint_name {args.checkpoint_name} is a folder, not a file name")
     args.nucleus = args.nucleus or args.topp is not None
     args.topp = 0.8 if args.topp is None else args.topp
+    if args.lexicon == "none" and args.mode != "spell":
+        args.lexicon = None
+    if is_g2p(args) and args.lexicon not in (None, "none"):
+        raise UserError("--lexicon lists written words; --direction g2p writes phonemes")
     if args.hidden_size % 2:
         raise UserError("--hidden_size must be even: each direction of the encoder has half of it")
     if args.input_feeding and not args.use_attn:

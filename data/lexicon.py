@@ -1,0 +1,80 @@
+"""Word lists: which words a language has, and how often they are used.
+
+A list is a language of the package `wordfreq` (Speer 2022, doi.org/10.5281/zenodo.7199437), such as
+'en', or a file with a word on each line, optionally followed by a TAB and a count.
+"""
+
+import itertools
+import math
+import unicodedata
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import utils
+from utils import UserError
+
+MAX_WORDS = 10**7
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Words, in lower case, and the natural logarithms of their relative frequencies."""
+
+    name: str  # as the user gave it: a language or a file
+    source: str  # such as 'wordfreq 3.1.1'
+    log_frequencies: dict[str, float]
+
+    def log_frequency(self, word: str) -> float | None:
+        """A word's log frequency, whatever its capitals; None if it is not listed."""
+        return self.log_frequencies.get(word.lower())
+
+
+def load_lexicon(name: str) -> Lexicon:
+    """The list in the file called `name`, or wordfreq's of this language. Raises UserError."""
+    path = Path(name)
+    with utils.user_errors(f"{path}: cannot be read"):
+        if path.is_file():
+            return _normalised(name, path.name, read_counts(path))
+    try:
+        import wordfreq
+    except ImportError:
+        raise UserError(f"no file {name}; for wordfreq's lists of words: pip install wordfreq")
+    languages = sorted(wordfreq.available_languages("best"))
+    if name not in languages:
+        raise UserError(f"{name!r} is no file and no language of wordfreq: {' '.join(languages)}")
+    frequencies = wordfreq.get_frequency_dict(name, "best")
+    return _normalised(name, f"wordfreq {metadata.version('wordfreq')}", frequencies)
+
+
+def _normalised(name: str, source: str, counts: dict[str, float]) -> Lexicon:
+    total = math.log(sum(counts.values()))
+    return Lexicon(name, source, {word: math.log(n) - total for word, n in counts.items()})
+
+
+def read_counts(path: Path) -> dict[str, float]:
+    """{word in lower case: summed count} of a UTF-8 file; a word without a count counts 1. Raises
+    UserError, naming file and line."""
+    counts = {}
+    with open(path, encoding="utf-8-sig") as file:
+        for i, line in enumerate(itertools.islice(file, MAX_WORDS + 1), 1):
+            word, _, count = line.rstrip("\r\n").partition("\t")
+            word = unicodedata.normalize("NFC", word.strip()).lower()
+            if i > MAX_WORDS:
+                raise UserError(f"{path}: has more than {MAX_WORDS:,} words")
+            if len(line) > utils.MAX_SYMBOLS:
+                problem = f"a line of more than {utils.MAX_SYMBOLS:,} characters"
+                raise UserError(f"{path}, line {i}: {problem}")
+            try:
+                number = float(count or 1)
+            except ValueError:
+                number = math.nan
+            if not (word or not count) or not 0 < number < math.inf:
+                raise UserError(
+                    f"{path}, line {i}: expected a word, or a word, TAB, a count above 0"
+                )
+            if word:
+                counts[word] = counts.get(word, 0) + number
+    if not counts:
+        raise UserError(f"{path}: has no words")
+    return counts

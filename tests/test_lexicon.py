@@ -1,0 +1,119 @@
+"""Word lists, and the spellings that they re-rank."""
+
+import math
+import sys
+
+import pytest
+
+import hw2_q3
+import utils
+from data import lexicon
+from data.lexicon import Lexicon, load_lexicon
+
+ROWS = [[("remander", -0.5), ("remainder", -1.0), ("Remainder", -1.2), ("remaynder", -3.0)]]
+LIST = Lexicon("x", "x.txt", {"remainder": math.log(0.75), "the": math.log(0.25)})
+
+
+def write(tmp_path, content):
+    path = tmp_path / "words.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def first(weight, penalty):
+    return hw2_q3.rerank(ROWS, LIST, weight, penalty)[0][0][0]
+
+
+@pytest.mark.parametrize(
+    ("content", "frequencies"),
+    [
+        ("a\nb\nc\nd", dict.fromkeys("abcd", 0.25)),
+        ("\ufeffthe\t30\r\nsea\t10\r\n\r\n", {"the": 0.75, "sea": 0.25}),
+        ("Sol\t1\nsol\t2.5\nSOUL\t0.5\n", {"sol": 0.875, "soul": 0.125}),
+        ("cafe\u0301\nice cream\n", {"café": 0.5, "ice cream": 0.5}),
+    ],
+)
+def test_a_file_of_words_with_and_without_counts(tmp_path, content, frequencies):
+    loaded = load_lexicon(write(tmp_path, content))
+    assert loaded.source == "words.txt"
+    assert {w: math.exp(f) for w, f in loaded.log_frequencies.items()} == pytest.approx(frequencies)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no words"),
+        ("\n\n", "has no words"),
+        ("a\nb\tc\n", "line 2: expected a word"),
+        ("a\t1\t2\n", "line 1: expected a word"),
+        ("a\t0\n", "line 1: expected a word"),
+        ("a\t-1\n", "line 1: expected a word"),
+        ("a\tnan\n", "line 1: expected a word"),
+        ("\t5\n", "line 1: expected a word"),
+        ("a" * 2000, "line 1: a line of more than 1,000 characters"),
+        (b"caf\xe9\n", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_list_is_refused(tmp_path, content, message):
+    with pytest.raises(utils.UserError, match=message):
+        load_lexicon(write(tmp_path, content))
+
+
+def test_a_list_of_too_many_words_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lexicon, "MAX_WORDS", 3)
+    assert len(load_lexicon(write(tmp_path, "a\nb\nc\n")).log_frequencies) == 3
+    with pytest.raises(utils.UserError, match="more than 3 words"):
+        load_lexicon(write(tmp_path, "a\nb\nc\nd\n"))
+
+
+def test_lists_of_wordfreq(monkeypatch):
+    pytest.importorskip("wordfreq")
+    english = load_lexicon("en")
+    assert english.log_frequency("the") > english.log_frequency("remainder") > math.log(1e-7)
+    assert english.log_frequency("The") == english.log_frequency("the")
+    assert english.log_frequency("remander") is None
+    assert sum(map(math.exp, english.log_frequencies.values())) == pytest.approx(1)
+    with pytest.raises(utils.UserError, match="'xx' is no file and no language of wordfreq: ar "):
+        load_lexicon("xx")
+    monkeypatch.setitem(sys.modules, "wordfreq", None)
+    with pytest.raises(utils.UserError, match="pip install wordfreq"):
+        load_lexicon("en")
+
+
+def test_reranking_by_hand():
+    assert first(0, 0) == "remander"
+    assert first(0, 0.4) == "remander"  # -0.9 against -1
+    assert first(0, 0.6) == "remainder"  # -1.1
+    assert first(1, 0.6) == "remander"  # against -1 + ln 0.75 = -1.29
+    assert first(1, 1) == "remainder"
+    [row] = hw2_q3.rerank(ROWS, LIST, 0, 1)  # capitals count as listed; ties keep their order
+    assert row == [ROWS[0][1], ROWS[0][2], ROWS[0][0], ROWS[0][3]]
+
+
+def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
+    listed = Lexicon("x", "x", {"sea": math.log(0.5), "see": math.log(0.5)})
+    rows = [[("sie", -0.5), ("sea", -1.75)]] * 10
+    weight, penalty = hw2_q3.choose_weights(rows, ["sea"] * 10, listed)
+    assert hw2_q3.rerank(rows, listed, weight, penalty)[0][0][0] == "sea"
+    assert weight == max(hw2_q3.WEIGHTS)  # all have a penalty with the same WER
+    assert hw2_q3.choose_weights(rows, ["sie"] * 10, listed)[1] < 1.25 + weight
+
+
+def test_a_lexicon_at_test_is_scored_and_recorded(tmp_path, capsys, fails):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.tsv").write_text("k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\n", "utf-8")
+    words = write(tmp_path, "cat\ncup\n")
+    argv = f"--n_epochs 2 --hidden_size 8 --data_dir {tmp_path} --output_dir {tmp_path}".split()
+    hw2_q3.main([*argv, "--lexicon", words])
+    lines = capsys.readouterr().out.splitlines()
+    [path] = tmp_path.glob("figures/runs/*.json")
+    scores = utils.load_record(path)["final"]["lexicon"]
+    assert (scores["name"], scores["source"], scores["size"]) == (words, "words.txt", 30)
+    assert scores["listed"] == [1, 0, 1]
+    assert "Beam search, size 30, re-ranked by words.txt:" in lines
+    assert f"Test WER@3: {scores['wer@3']:.4f}" == lines[lines.index("Record: " + str(path)) - 1]
+    hw2_q3.main(["test", *argv])  # keeps them
+    assert utils.load_record(path)["final"]["lexicon"] == scores
+    assert "--lexicon lists written words" in fails(
+        hw2_q3.main, ["--direction", "g2p", "--lexicon", words]
+    )
