@@ -26,8 +26,8 @@ class Lexicon:
     log_frequencies: dict[str, float]
 
     def log_frequency(self, word: str) -> float | None:
-        """A word's log frequency, whatever its capitals; None if it is not listed."""
-        return self.log_frequencies.get(word.lower())
+        """A word's log frequency, with or without a capital first letter; None if not listed."""
+        return self.log_frequencies.get(word[:1].lower() + word[1:])
 
 
 def load_lexicon(name: str) -> Lexicon:
