@@ -5,9 +5,10 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -53,26 +54,57 @@ def mean_sd(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def gain(values: Sequence[float], baseline: Sequence[float]) -> str:
-    """'difference of two means ± its standard error' over seeds; without the error if either has
-    one value, a dash if it has none."""
-    if not (values and baseline):
+class Spread(NamedTuple):
+    """How much runs that differ in their seeds alone vary."""
+
+    variance: float
+    df: int  # degrees of freedom
+
+
+def pooled_spread(groups: Iterable[Sequence[float]]) -> Spread:
+    """The variance within groups of runs, which is taken to be the same in all groups."""
+    groups = [group for group in groups if len(group) > 1]
+    df = sum(len(group) - 1 for group in groups)
+    squares = sum((len(group) - 1) * statistics.variance(group) for group in groups)
+    return Spread(squares / df if df else math.nan, df)
+
+
+def prediction_interval(
+    values: Sequence[float], spread: Spread, items_variance: float = 0.0
+) -> tuple[float, float] | None:
+    """The 95 % prediction interval for one new run, m ± t sqrt(s² (1 + 1/n) + items_variance), of
+    the values' mean m and the spread s²; None without a spread.
+
+    items_variance: of the difference of two scores of one run on two samples of test items. It is
+    known, so t has more degrees of freedom than s² (Welch 1947, Satterthwaite 1946).
+    """
+    if not spread.df or not values:
+        return None
+    seeds = spread.variance * (1 + 1 / len(values))
+    total = seeds + items_variance
+    df = spread.df * (total / seeds) ** 2 if seeds else math.inf
+    half = scipy.stats.t.ppf(0.975, df) * math.sqrt(total)
+    return statistics.mean(values) - half, statistics.mean(values) + half
+
+
+def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
+    """'mean difference [95 % confidence interval]' of two {seed: score}, paired by seed (Student's
+    t, one degree of freedom less than pairs); without an interval for a single pair."""
+    pairs = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    if not pairs:
         return "–"
-    difference = f"{statistics.mean(values) - statistics.mean(baseline):+.3f}"
-    if min(len(values), len(baseline)) == 1:
-        return difference
-    squares = sum(statistics.variance(part) / len(part) for part in (values, baseline))
-    return f"{difference} ± {math.sqrt(squares):.3f}"
+    mean = statistics.mean(pairs)
+    if len(pairs) == 1:
+        return f"{mean:+.3f}"
+    half = (
+        scipy.stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    )
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def interval(
-    resample: Callable[[Record, np.random.Generator], float], records: list[Record]
-) -> tuple[float, float]:
-    """The middle 95 % of a single run's score: resample(record, random) draws the test items of a
-    run that is itself drawn from `records`, the seeds (Efron and Tibshirani 1993, chapter 13)."""
-    random = np.random.default_rng(0)
-    scores = [resample(records[random.integers(len(records))], random) for _ in range(2000)]
-    return tuple(np.percentile(scores, [2.5, 97.5]).tolist())
+def by_seed(records: list[Record], measure: Callable[[Record], float]) -> dict[int, float]:
+    """{seed: a measure of its run}, of the runs that did not diverge."""
+    return {r["arguments"].get("seed", SEEDS[0]): measure(r) for r in scored(records)}
 
 
 def minutes(record: Record) -> float:

@@ -3,7 +3,6 @@
 experiments | analysis | measures of a record | tables | figures
 """
 
-import functools
 import math
 from argparse import Namespace
 from collections import Counter
@@ -172,12 +171,10 @@ def error(
     return 1 - ((ranks >= 1) & (ranks <= (1 if measure == "wer" else K))).mean()
 
 
-def resample_errors(
-    record: Record, random: np.random.Generator, decoding: str, measure: str
-) -> float:
-    """The error rate of as many test words, drawn with replacement."""
-    count = len(record["analysis"]["lengths"])
-    return error(record, decoding, measure, random.integers(count, size=count))
+def interval(runs: list[Record], decoding: str, measure: str) -> tuple[float, float] | None:
+    """The 95 % prediction interval for a new run's error rate on the same test words."""
+    errors = [error(run, decoding, measure) for run in runs]
+    return common.prediction_interval(errors, common.pooled_spread([errors]))
 
 
 def mean_error(runs: list[Record], decoding: str, measure: str) -> str:
@@ -200,21 +197,23 @@ def training_minutes(records: Records, label: str) -> list[float]:
 
 
 def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None:
-    """Error rates of the original and of this report, for `keys` of ORIGINAL, and whether the
-    interval of single runs contains the original's."""
+    """Error rates of the original and of this report, for `keys` of ORIGINAL, the prediction
+    intervals, and whether these contain the original's."""
     rows = []
     for label, decoding in keys:
         runs = records[label]
         for measure, original in zip(("cer", "wer", "wer@3"), ORIGINAL[label, decoding]):
             if not runs or (measure == "wer@3" and decoding == "greedy"):
                 continue
-            how = {"decoding": decoding, "measure": measure}
-            low, high = common.interval(functools.partial(resample_errors, **how), runs)
-            inside = "–" if original is None else "yes" if low <= original <= high else "no"
+            bounds = interval(runs, decoding, measure)
             row = [f"{label}, {DECODINGS[decoding]}", measure.upper()]
-            row += ["–" if original is None else f"{original:.4f}", mean_error(runs, **how)]
-            rows.append([*row, len(runs), f"{low:.3f} to {high:.3f}", inside])
-    head = "model", "measure", "original", "this report", "runs", "95 % of single runs"
+            row += ["–" if original is None else f"{original:.4f}"]
+            row += [mean_error(runs, decoding, measure), len(runs)]
+            row += ["{:.3f} to {:.3f}".format(*bounds) if bounds else "–"]
+            is_known = bounds and original is not None
+            inside = "yes" if is_known and bounds[0] <= original <= bounds[1] else "no"
+            rows.append([*row, inside if is_known else "–"])
+    head = "model", "measure", "original", "this report", "runs", "95 % prediction interval"
     return markdown_table((*head, "original inside?"), rows, text=2)
 
 
@@ -293,11 +292,12 @@ def steps_table(records: Records) -> str | None:
     """What each step from the original's model to the best recipe gains in validation CER."""
     rows, before = [], None
     for label in (ATTENTION, *STEPS, BEST):
-        valid = [min(run["history"]["val_cer"]) for run in records[label]]
+        valid = common.by_seed(records[label], lambda run: min(run["history"]["val_cer"]))
         if runs := records[label]:
-            change = "" if before is None else common.gain(valid, before)
+            change = "" if before is None else common.difference(valid, before)
             took = f"{np.mean(training_minutes(records, label)):.1f}"
-            rows.append([label, took, mean_sd(valid), change, *results(runs), len(runs)])
+            values = mean_sd(list(valid.values()))
+            rows.append([label, took, values, change, *results(runs), len(runs)])
         before = valid
     head = "model", "minutes", "validation CER", "change", *RESULT_COLUMNS, "runs"
     return markdown_table(head, rows)
