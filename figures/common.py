@@ -188,6 +188,31 @@ def plot_experiment(
         plot_bands(axes, runs, with_seeds(label, runs), **style)
 
 
+def plot_forest(axes: Axes, rows: list[tuple], original_label: str = "original") -> None:
+    """A forest plot: for each (name, original's value or None, [(mean, interval or None, colour,
+    label), ...]), from top to bottom, the means with their intervals and the original's value."""
+    labelled = set()
+
+    def once(label):  # each label once in the legend
+        is_new = label not in labelled
+        labelled.add(label)
+        return label if is_new else None
+
+    for y, (_, original, points) in enumerate(rows):
+        for i, (mean, bounds, color, label) in enumerate(points):
+            height = y + 0.26 * (i - (len(points) - 1) / 2)
+            if bounds:
+                axes.plot(
+                    bounds, [height] * 2, color=color, alpha=0.45, lw=2.4, solid_capstyle="butt"
+                )
+            axes.plot(mean, height, "o", color=color, markersize=4, label=once(label))
+        if original is not None:
+            axes.plot(original, y, "D", color="black", markersize=4, label=once(original_label))
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
 def plot_against_time(
     axes: Axes, points: dict[str, tuple], styles: dict[str, dict], ensembles: Iterable[str] = ()
 ) -> None:

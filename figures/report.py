@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import jinja2
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import utils
@@ -271,6 +272,7 @@ def write_report(folder: Path, figure_format: str) -> None:
         "q2": find_records(report_q2, records),
         "q3": {label: scored(runs) for label, runs in find_records(report_q3, records).items()},
     }
+    fields["forest"] = draw_forest(fields["records"])
     fields["trials"] = {key: trials_table(key, folder / "trials") for key in QUESTIONS}
     strict = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
     template = jinja2.Environment(finalize=show, **strict).from_string(
@@ -278,6 +280,18 @@ def write_report(folder: Path, figure_format: str) -> None:
     )
     text = template.render(fields)
     utils.write_file(folder / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def draw_forest(records: dict[str, Records]) -> Figure:
+    """All of the original's accuracies and error rates against this report's intervals."""
+    rows = {key: question.forest_rows(records[key]) for key, question in QUESTIONS.items()}
+    heights = [len(part) + 1 for part in rows.values()]
+    fig, panels = utils.new_figure(5.6, 5.2, 2, 1, height_ratios=heights)
+    for axes, part, xlabel in zip(panels, rows.values(), ("Accuracy", "Test error rate")):
+        common.plot_forest(axes, part)
+        axes.set(xlabel=xlabel)
+    common.legend_above(fig, panels[0], 3)
+    return fig
 
 
 def trials_table(key: str, folder: Path) -> str | None:

@@ -619,6 +619,30 @@ def draw_shifted(records: Records) -> Figure | None:
     return fig if any(axes.lines for axes in panels) else None
 
 
+def forest_rows(records: Records) -> list[tuple]:
+    """The rows of common.plot_forest: the original's accuracies, ordered and scrambled runs."""
+    networks = {
+        "plain, rate 0.1": "plain, rate 0.1, scrambled",
+        PLAIN: "plain, scrambled",
+        "plain, rate 0.001": "plain, rate 0.001, scrambled",
+        VARIANT: "batch norm + pooling, scrambled",
+    }
+    rows = []
+    for ordered, scrambled in networks.items():
+        for i, split in enumerate(("val", "test")):
+            points = []
+            for label, color, name in (
+                (ordered, utils.BLUE, "ordered pixels"),
+                (scrambled, utils.VERMILION, "scrambled pixels"),
+            ):
+                if runs := scored(records[label]):
+                    mean = statistics.mean(accuracy(run, split) for run in runs)
+                    points.append((mean, interval(records, label, split), color, name))
+            name = f"{ordered}: {'validation' if split == 'val' else 'test'}"
+            rows.append((name, ORIGINAL[ordered][i], points))
+    return rows
+
+
 def draw_scrambled(records: Records) -> Figure:
     """An image in order and scrambled, and validation accuracies with both orders."""
     fig, grid = utils.new_figure(5.0, 5.2, 2, 2, height_ratios=(1, 1.5))

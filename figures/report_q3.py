@@ -3,9 +3,10 @@
 experiments | analysis | measures of a record | tables | figures
 """
 
+import itertools
 import math
 from argparse import Namespace
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ PLAIN, ATTENTION = "no attention", "attention"
 TRAINED_BETTER, G2P = "attention, trained better", "pronunciation (g2p)"
 BEST, ENSEMBLE = "best recipe", "best recipe, ensemble of five"
 ALL, ALL_ENSEMBLE = "all of WikiPron", "all of WikiPron, ensemble of three"
+SHIPPED = "all of WikiPron, 12 epochs"  # the model in data/pretrained
 STEPS = {  # cumulative, from the original's model with attention to the best recipe
     "+ one cycle, 30 epochs": "--schedule one_cycle --n_epochs 30",
     "+ label smoothing": "--label_smoothing 0.1",
@@ -61,6 +63,7 @@ EXPERIMENTS = (
     Experiment(
         ALL_ENSEMBLE, f"{RECIPE_ALL} --ensemble --seed 42 1 2", 1, "beyond", "us-all", members=ALL
     ),
+    Experiment(SHIPPED, f"{RECIPE_ALL} --n_epochs 12", 1, "beyond", "us-all"),
     Experiment(G2P, f"{RECIPE_BEST} --direction g2p", 2, "beyond"),
     *(Experiment(name, RECIPE_BEST, 2, "beyond", data) for name, data in LANGUAGES.items()),
 )
@@ -112,8 +115,8 @@ N_CANDIDATES = 10  # of the WER@k curves
 
 def analyse(args: Namespace, data: utils.Pronunciations, device: torch.device) -> dict[str, Any]:
     """Measure the finished model, or ensemble, of these arguments on the test words: 'lengths', in
-    symbols; 'curves', WER@k for k = 1 to 10 of 'nucleus' samples and of a 'beam' of 10; and
-    'mistakes', count_edits of the greedy spellings."""
+    symbols; 'curves', WER@k for k = 1 to 10 of 'nucleus' samples and of a 'beam' of 10; 'mistakes',
+    count_edits of the greedy spellings; and 'ambiguity' of the beam's first spellings."""
     if args.ensemble:
         speller = script.load_ensemble(args, data, device)
     else:
@@ -132,7 +135,36 @@ def analyse(args: Namespace, data: utils.Pronunciations, device: torch.device) -
         for decoding, rows in candidates.items()
     }
     mistakes = count_edits([split(row[0]) for row in greedy], true)
-    return {"lengths": list(map(len, true)), "curves": curves, "mistakes": mistakes}
+    return {
+        "lengths": list(map(len, true)),
+        "curves": curves,
+        "mistakes": mistakes,
+        "ambiguity": ambiguity(
+            [row[0] for row in candidates["beam"]],
+            {split: script.directed_pairs(args, data, split) for split in data.splits},
+        ),
+    }
+
+
+def ambiguity(predicted: list[str], splits: dict[str, list[tuple]]) -> dict[str, float]:
+    """How many errors are due to pronunciations with several spellings.
+
+    Attested spellings of a pronunciation are all those in `splits`. Returns 'several', the share of
+    test pronunciations with more than one; 'wer_any', the WER if any of them counts as correct; and
+    'wer_best', the expected WER of a model that knows them all and has to choose one, if each is
+    equally probable.
+    """
+    attested = defaultdict(set)
+    for source, target in itertools.chain.from_iterable(splits.values()):
+        attested[source].add(target)
+    sources = [source for source, _ in splits["test"]]
+    counts = np.array([len(attested[source]) for source in sources])
+    correct = [word in attested[source] for word, source in zip(predicted, sources, strict=True)]
+    return {
+        "several": float((counts > 1).mean()),
+        "wer_any": 1 - sum(correct) / len(correct),
+        "wer_best": float((1 - 1 / counts).mean()),
+    }
 
 
 def count_edits(
@@ -215,6 +247,17 @@ def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None
             rows.append([*row, inside if is_known else "–"])
     head = "model", "measure", "original", "this report", "runs", "95 % prediction interval"
     return markdown_table((*head, "original inside?"), rows, text=2)
+
+
+def ambiguity_table(runs: list[Record]) -> str | None:
+    """The errors of a run's beam, and what several attested spellings explain of them."""
+    rows = []
+    for run in runs:
+        found = run["analysis"]["ambiguity"]
+        shares = found["several"], error(run, "beam", "wer"), found["wer_any"], found["wer_best"]
+        rows.append([f"{share:.3f}" for share in shares])
+    head = "test pronunciations with several spellings", "WER", "WER if any of them counts"
+    return markdown_table((*head, "lowest expected WER of any model"), rows, text=0)
 
 
 def example_table(runs: list[Record]) -> str | None:
@@ -334,6 +377,19 @@ def draw_cer(records: Records, labels: Iterable[str]) -> Figure | None:
     axes.set(xlabel="Epoch", ylabel="Validation CER", ylim=(0, None))
     axes.legend()
     return fig
+
+
+def forest_rows(records: Records) -> list[tuple]:
+    """The rows of common.plot_forest: the original's error rates and this report's."""
+    rows = []
+    for (label, decoding), originals in ORIGINAL.items():
+        for measure, original in zip(("cer", "wer", "wer@3"), originals):
+            if original is not None and (runs := records[label]):
+                mean = float(np.mean([error(run, decoding, measure) for run in runs]))
+                bounds = interval(runs, decoding, measure)
+                name = f"{label}, {decoding}: {measure.upper()}"
+                rows.append((name, original, [(mean, bounds, utils.BLUE, "this report")]))
+    return rows
 
 
 def draw_wer_at_k(runs: list[Record]) -> Figure | None:

@@ -301,6 +301,14 @@ def test_spellers_and_ensembles():
     assert original.get_ydata()[0] == 0.2677
 
 
+def test_ambiguity_by_hand():
+    """Two of four test words sound like another word; one is spelled like that one."""
+    train = [("s oʊ l", "soul"), ("s i", "sea"), ("k æ t", "cat")]
+    test = [("s oʊ l", "Sol"), ("s i", "see"), ("d ɔ ɡ", "dog"), ("k æ t", "cat")]
+    found = q3.ambiguity(["soul", "cee", "dog", "kat"], {"train": train, "test": test})
+    assert found == {"several": 0.5, "wer_any": 0.5, "wer_best": 0.25}
+
+
 def lines_of(axes):
     """{label: y values} of the lines of an axes."""
     return {line.get_label().partition(" (")[0]: line.get_ydata() for line in axes.get_lines()}
