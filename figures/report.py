@@ -8,6 +8,7 @@ options | records | training | writing
 """
 
 import fnmatch
+import itertools
 import statistics
 import sys
 from argparse import Namespace
@@ -256,12 +257,15 @@ def store_analysis(question: ModuleType, args: Namespace, data: Any, device: Any
 def write_report(folder: Path, figure_format: str) -> None:
     """Write README.md and its figures into `folder` from the records in its runs/ and trials/."""
 
-    def figure(name, fig, caption):
-        """Save a figure. Returns its Markdown."""
+    numbers = itertools.count(1)
+
+    def figure(name, fig, finding, drawn):
+        """Save a figure. Returns its Markdown, with a number, a caption and an alternative text."""
         if fig is None:
             return NOT_TRAINED
         utils.save_figure(folder / f"{name}.{figure_format}", fig)
-        return f"![{caption}]({name}.{figure_format})\n\n*{caption}*"
+        caption = f"**Figure {next(numbers)}.** {finding}. *{drawn}.*"
+        return f"![{drawn}]({name}.{figure_format})\n\n{caption}"
 
     def show(value):
         return NOT_TRAINED if value is None else value

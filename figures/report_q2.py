@@ -294,8 +294,11 @@ def recalls(record: Record) -> dict[str, float]:
 
 
 def shifted(record: Record) -> dict[str, float]:
-    """Test accuracies on images shifted by 0, 1, ... pixels; {} for the oldest records."""
-    return {f"{i} pixels": value for i, value in enumerate(record["analysis"].get("shifted", []))}
+    """Test accuracy, and its changes on images shifted by 1, 2, ... pixels; {} for the oldest
+    records."""
+    accuracies = record["analysis"].get("shifted", [])
+    changes = {f"{i} pixels": x - accuracies[0] for i, x in enumerate(accuracies) if i}
+    return {"test": accuracies[0]} | changes if accuracies else {}
 
 
 def resized(record: Record) -> dict[str, float]:
@@ -560,26 +563,6 @@ def draw_curves(records: Records, labels: Iterable[str], *columns: str) -> Figur
     return fig if axes.lines else None
 
 
-def draw_size(records: Records) -> Figure | None:
-    """Accuracy, convergence and time of CHANGES against their parameters; a mark per run."""
-    titles = "Validation accuracy,\nlate epochs", "First epoch at .75", "Seconds per epoch"
-    measures = late_epoch_accuracy, first_epoch, common.seconds_per_epoch
-    fig, panels = utils.new_figure(5.0, 6.0, 3, 1, sharex=True)
-    labels = [label for label in CHANGES if scored(records[label])]
-    for axes, measure, title in zip(panels, measures, titles):
-        for label, marker in zip(labels, "osD^"):
-            runs = scored(records[label])
-            values = [math.nan if (x := measure(run)) is None else x for run in runs]
-            sizes = [run["parameters"] / 1e6 for run in runs]
-            style = {"color": LINE_STYLES[label]["color"], "markersize": 5, "alpha": 0.8}
-            axes.plot(sizes, values, marker, label=common.with_seeds(label, runs), **style)
-        axes.set(ylabel=title, xlim=(0, 6))
-    panels[1].set(ylim=(0, None))
-    panels[2].set(ylim=(0, None), xlabel="Parameters (millions)")
-    common.legend_above(fig, panels[0])
-    return fig if labels else None
-
-
 def draw_overfitting(records: Records) -> Figure | None:
     """Training and validation accuracy of REGULARISED, a panel for each."""
     labels = [label for label in REGULARISED if common.curves(records[label], "val_accuracy")]
@@ -600,23 +583,6 @@ def draw_overfitting(records: Records) -> Figure | None:
     fig.supylabel("Accuracy", fontsize=9)
     common.legend_above(fig, panels[0][0])
     return fig
-
-
-def draw_shifted(records: Records) -> Figure | None:
-    """The change of test accuracy on shifted images."""
-    titles = "after 40 epochs", "after 10 epochs, batch norm and global average pooling"
-    fig, panels = utils.new_figure(5.0, 6.0, 2, 1, sharex=True, sharey=True)
-    for axes, labels, title in zip(panels, (SHIFTED, POOLS), titles):
-        for label in labels:
-            runs = [list(shifted(run).values()) for run in scored(records[label])]
-            if changes := [[x - run[0] for x in run] for run in runs if run]:
-                name = common.with_seeds(label, changes)
-                common.plot_bands(axes, changes, name, ".", first=0, **LINE_STYLES[label])
-        axes.set(title=title, ylabel="Change of test accuracy")
-        if axes.lines:
-            axes.legend()
-    panels[1].set(xlabel="Shift of the test images (pixels)")
-    return fig if any(axes.lines for axes in panels) else None
 
 
 def forest_rows(records: Records) -> list[tuple]:

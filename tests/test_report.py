@@ -328,11 +328,17 @@ def test_figures_show_the_records_of_question_2():
     running, each = q2.draw_running_mean(records[q2.PLAIN]).axes[0].get_lines()
     assert each.get_ydata() == pytest.approx(losses.mean(0))
     assert running.get_ydata()[2] == pytest.approx(losses[:, :3].mean())
-    for axes, labels in zip(q2.draw_shifted(records).axes, (q2.SHIFTED, q2.POOLS)):
-        for label, values in zip(labels, lines_of(axes).values()):
-            analyses = [run["analysis"] for run in records[label]]
-            runs = np.array([a["shifted"] for a in analyses if a.get("shifted")])
-            assert values == pytest.approx((runs - runs[:, :1]).mean(0))
+    rows = {name: (original, points) for name, original, points in q2.forest_rows(records)}
+    original, points = rows[f"{q2.PLAIN}: test"]
+    assert original == q2.ORIGINAL[q2.PLAIN][1]
+    for (mean, bounds, _, _), label in zip(points, (q2.PLAIN, "plain, scrambled"), strict=True):
+        assert mean == pytest.approx(np.mean([q2.accuracy(run, "test") for run in records[label]]))
+        assert bounds == q2.interval(records, label, "test")
+    first = q2.shifted(records[q2.VARIANT][-1])
+    accuracies = records[q2.VARIANT][-1]["analysis"]["shifted"]
+    assert [first["test"] + first[f"{i} pixels"] for i in range(1, 5)] == pytest.approx(
+        accuracies[1:]
+    )
     for label, marks in lines_of(q2.draw_main_results(records).axes[0]).items():
         if label in records:
             assert list(marks) == [q2.accuracy(run, "test") for run in records[label]]
