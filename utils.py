@@ -4,6 +4,7 @@ errors, options | seeding, devices | data | records, checkpoints | runs side by 
 """
 
 import argparse
+import codecs
 import contextlib
 import datetime
 import errno
@@ -351,7 +352,12 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
 SIZE = 48  # pixels, height and width of every image
 MAX_SYMBOLS = 1000  # of a pronunciation or a spelling
-BIDIRECTIONAL = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+INVISIBLE = {  # Unicode categories
+    "Cc": "CONTROL CHARACTER", "Cf": "FORMAT CHARACTER", "Zl": "LINE SEPARATOR",
+    "Zp": "PARAGRAPH SEPARATOR", "Cs": "SURROGATE", "Co": "PRIVATE USE CHARACTER",
+    "Cn": "UNASSIGNED CHARACTER",
+}  # fmt: skip
+JOINERS = "\u200c\u200d"  # zero-width, but letters of some scripts
 IMAGE_FORMATS = "JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF"
 
 
@@ -486,30 +492,44 @@ def load_pronunciations(folder: Path) -> Pronunciations:
     spaces, TAB, spelling. Raises UserError, naming file and line, otherwise."""
     splits = {}
     for split, name in (("train", "train.tsv"), ("val", "valid.tsv"), ("test", "test.tsv")):
-        pairs = read_tsv(Path(folder) / name)
+        pairs = read_tsv(path := Path(folder) / name)
+        swapped = [" " not in first and len(first) > 3 and " " in second for first, second in pairs]
+        if 2 * sum(swapped) > len(pairs):
+            raise UserError(f"{path}: phonemes come first, then the spelling; swap the columns")
         splits[split] = [(tuple(phonemes.split()), spelling) for phonemes, spelling in pairs]
     return Pronunciations(splits)
 
 
 def read_tsv(path: Path) -> list[tuple[str, str]]:
-    """The lines of a UTF-8 file, with or without a byte order mark, LF or CRLF, as pairs of NFC
-    strings. Raises UserError, naming file and line."""
+    """The lines of a text file, LF or CRLF, as pairs of NFC strings. Raises UserError, naming file
+    and line."""
+    lines = read_text(path).removesuffix("\n").split("\n")
+    return [parse_pair(line.split("\t"), f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, or in UTF-16 with one. Raises
+    UserError, naming file and line; also if the file is empty."""
     with user_errors(f"{path}: cannot be read"):
         if not path.exists():
             raise UserError(f"{path}: no such file; data/README.md says how to get the data")
         content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = content.decode("utf-8-sig").removesuffix("\n")
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: not UTF-8")
-    if not text:
+        raise UserError(
+            f"{path}, line {line}: not UTF-8; unpack it if it is packed, or save it as UTF-8 text"
+        )
+    if not text.removesuffix("\n"):
         raise UserError(f"{path}: is empty")
-    return [_parse_pair(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1)]
+    return text
 
 
-def _parse_pair(line: str, where: str) -> tuple[str, str]:
-    fields = [field.strip() for field in line.split("\t")]
+def parse_pair(fields: list[str], where: str) -> tuple[str, str]:
+    """Two fields of a line as NFC strings, without spaces around them. Raises UserError."""
+    fields = [field.strip() for field in fields]
     problem = None
     if len(fields) != 2:
         problem = f"{len(fields)} fields separated by tabs, expected 2"
@@ -517,11 +537,20 @@ def _parse_pair(line: str, where: str) -> tuple[str, str]:
         problem = "an empty field"
     elif max(map(len, fields)) > MAX_SYMBOLS:
         problem = f"a field of more than {MAX_SYMBOLS:,} characters"
-    elif any(unicodedata.category(c) == "Cc" or c in BIDIRECTIONAL for c in "".join(fields)):
-        problem = "a control character"
+    elif character := first_invisible("".join(fields)):
+        name = unicodedata.name(character, INVISIBLE[unicodedata.category(character)])
+        problem = f"contains U+{ord(character):04X} {name}; delete it"
     if problem:
         raise UserError(f"{where}: {problem}")
     return tuple(unicodedata.normalize("NFC", field) for field in fields)
+
+
+def first_invisible(text: str) -> str | None:
+    """The first character that cannot be seen, the joiners of some scripts excepted."""
+    if text.isprintable():  # no need to look at each character
+        return None
+    invisible = (c for c in text if unicodedata.category(c) in INVISIBLE and c not in JOINERS)
+    return next(invisible, None)
 
 
 # ----------------------------------------------------------------------------------------------
