@@ -1,11 +1,13 @@
 """Data: loading, preparing and downloading the data files, the built-in samples."""
 
 import errno
+import gzip
 import http.server
 import io
 import os
 import pickle
 import stat
+import sys
 import threading
 import zipfile
 from functools import partial
@@ -205,6 +207,11 @@ GOOD_WORDS = {
     "decomposed accents": ("k a f e\tcafe\u0301\n", [CAFE]),
     "additional spaces": (" k  æ t \t cat \n", [CAT]),
     "repeated word": ("k æ t\tcat\nk æ t\tcat\n", [CAT, CAT]),
+    "UTF-16": ("k æ t\tcat\n".encode("utf-16"), [CAT]),
+    "joiners": ("k\tक्\u200dष\nk\tन्\u200c\n", [(("k",), "क्\u200dष"), (("k",), "न्\u200c")]),
+    "a no-break space": ("aɪ s\tice\u00a0cube\n", [(("aɪ", "s"), "ice\u00a0cube")]),
+    "one phoneme, two words": ("t͡ɬ\ta b\n", [(("t͡ɬ",), "a b")]),
+    "an emoji": ("l ʌ v\t❤\ufe0f\n", [(("l", "ʌ", "v"), "❤\ufe0f")]),
 }
 
 
@@ -222,10 +229,10 @@ BAD_WORDS = {
     "no spelling": ("k æ t\t\n", ", line 1: an empty field"),
     "no phonemes": (" \tcat\n", ", line 1: an empty field"),
     "a long field": ("k æ t\t" + "t" * 1001, ", line 1: a field of more than 1,000 characters"),
-    "a control character": ("k æ t\tc\x07at\n", ", line 1: a control character"),
+    "spelling first": ("ship\tʃ ɪ p\na\tə\nshop\tʃ ɒ p\n", ".*swap the columns"),
     "a carriage return": ("k æ t\tcat\rk æ t\tcat\n", ", line 1: 3 fields"),
-    "hidden text": ("k æ t\tcat\nk æ t\tc\u202eat\n", ", line 2: a control character"),
     "Latin-1": ("k æ t\tcat\n".encode() + b"k a f e\tcaf\xe9\n", ", line 2: not UTF-8"),
+    "UTF-16, cut": ("k æ t\tcat\n".encode("utf-16")[:-1], ", line 1: not UTF-8"),
 }
 
 
@@ -233,6 +240,28 @@ BAD_WORDS = {
 def test_bad_lines_are_named(content, message):
     with pytest.raises(UserError, match=rf"test\.tsv{message}"):
         load_words(content, "test")
+
+
+INVISIBLE = {
+    "\x07": "U+0007 CONTROL CHARACTER",
+    "\u00ad": "U+00AD SOFT HYPHEN",
+    "\u0378": "U+0378 UNASSIGNED CHARACTER",
+    "\u200b": "U+200B ZERO WIDTH SPACE",
+    "\u2028": "U+2028 LINE SEPARATOR",
+    "\u2029": "U+2029 PARAGRAPH SEPARATOR",
+    "\u202e": "U+202E RIGHT-TO-LEFT OVERRIDE",
+    "\u2067": "U+2067 RIGHT-TO-LEFT ISOLATE",
+    "\ue000": "U+E000 PRIVATE USE CHARACTER",
+    "\ufeff": "U+FEFF ZERO WIDTH NO-BREAK SPACE",
+}
+
+
+@pytest.mark.parametrize(("character", "name"), INVISIBLE.items(), ids=INVISIBLE.values())
+@pytest.mark.parametrize("line", ["k æ t\tc{}at\n", "k {}æ t\tcat\n"])
+def test_invisible_characters_are_named(line, character, name):
+    with pytest.raises(UserError) as error:
+        load_words("k æ t\tcat\n" + line.format(character), "test")
+    assert str(error.value) == f"test.tsv, line 2: contains {name}; delete it"
 
 
 def test_a_folder_in_place_of_a_list_is_named():
@@ -438,6 +467,134 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def read_list(content, argv=""):
+    """What a list is read as: 'spelling: phonemes' of each pair."""
+    content = content if isinstance(content, bytes) else content.encode()
+    Path("list.tsv").write_bytes(content)
+    command = f"--tsv list.tsv --output_dir out --train all --valid 1 --test 1 {argv}"
+    prepare_pronunciations.main(command.split())
+    pairs = [pair for split in SPLITS for pair in utils.load_pronunciations("out").splits[split]]
+    return sorted(f"{spelling}: {' '.join(phonemes)}" for phonemes, spelling in pairs)
+
+
+PLAIN = "cat\tk æ t\ndog\td ɒ ɡ\nship\tʃ ɪ p\n"
+THREE = ["cat: k æ t", "dog: d ɒ ɡ", "ship: ʃ ɪ p"]
+ABLE = ["able: EY B L", "able: EY1 B AH0 L", "cat: K AE1 T", "dog: D AO1 G"]
+LISTS = {
+    "Windows line ends": (PLAIN.replace("\n", "\r\n"), THREE),
+    "old Mac line ends": (PLAIN.replace("\n", "\r"), THREE),
+    "byte order mark": ("\ufeff" + PLAIN, THREE),
+    "Excel's Unicode text": (PLAIN.replace("\n", "\r\n").encode("utf-16"), THREE),
+    "header": ("Word\tIPA\n" + PLAIN, THREE),
+    "no header": ("word\tw ɝ d\ncat\tk æ t\ndog\td ɒ ɡ\n", ["word: w ɝ d", *THREE[:2]]),
+    "comments and blank lines": (f";;; a\n# b\tc\n\n{PLAIN}\n \n", THREE),
+    "quoted": ("\n".join(f'"{a}"\t"{b}"' for a, b in map(str.split, ["a b", "c d", 'e""f g'])),
+               ["a: b", "c: d", 'e"f: g']),
+    "quotation marks in words": ('"n\ta\n5"\tb c\nd\t"e f\n', ['"n: a', '5": b c', 'd: "e f']),
+    "commas": ('spelling,phones\ncat,k æ t\n"dog","d ɒ ɡ"\n"a, b",c\n', ["a, b: c", *THREE[:2]]),
+    "semicolons": (PLAIN.replace("\t", ";"), THREE),
+    "empty cells": (PLAIN.replace("\n", "\t\t\n"), THREE),
+    "columns swapped": ("k æ t\tcat\nd ɒ ɡ\tdog\nʃ ɪ p\tship\nə\ta\n", ["a: ə", *THREE]),
+    "variants": (PLAIN + "the\tð ə, ð i\n", [*THREE, "the: ð i", "the: ð ə"]),
+    "slashes, segmented": (PLAIN + "the\t/ð ə/,/ð i/\n", [*THREE, "the: ð i", "the: ð ə"]),
+    "CMUdict, 1998": (
+        ";;; a\nable  EY1 B AH0 L\nable(1)  EY B L\ncat  K AE1 T\ndog  D AO1 G\n", ABLE),
+    "CMUdict, today": (
+        "able EY1 B AH0 L # a, b\nable(2) EY B L\ncat K AE1 T\ndog D AO1 G\n", ABLE),
+    "Anki": ("#separator:tab\n#html:false\n" + PLAIN, THREE),
+    "capitals, digits, signs": (
+        "DON'T\td ə\n3-D\tθ ɹ\n👩\u200d👧\tm æ\n", ["3-D: θ ɹ", "DON'T: d ə", "👩\u200d👧: m æ"]),
+    "words of several words": (
+        "a b\tk æ\nc d e\td ɒ\nf g\tʃ ɪ\n", ["a b: k æ", "c d e: d ɒ", "f g: ʃ ɪ"]),
+    "right to left": (
+        "כלב\tk e\nقط\tq i\nآی\u200cها\tɒ j\n", ["כלב: k e", "آی\u200cها: ɒ j", "قط: q i"]),
+    "Jamo": ("\u1100\u1161\tk a\n나\tn a\n다\tt a\n", ["가: k a", "나: n a", "다: t a"]),
+    "one syllable a token": (
+        "你好\tni3 hao3\n你\tni3\n好\thao3\n", ["你: ni3", "你好: ni3 hao3", "好: hao3"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "expected"), **table(LISTS))
+def test_lists_as_people_have_them(content, expected):
+    assert read_list(content) == sorted(expected)
+
+
+WHOLE = {  # one pronunciation, not separated into phonemes
+    "stress and syllables": ("/ˌa.ˈbaʊt/", ["a b a ʊ t"]),
+    "diacritics": ("t͡ʃʰiːn̩ɐ̃", ["t͡ʃʰ iː n̩ ɐ̃"]),
+    "tones": ("[ma˧˥]", ["m a ˧˥"]),
+    "variants": ("/ðə/, /ði/", ["ð ə", "ð i"]),
+    "variants between two slashes": ("/ðə, ði/", ["ð ə", "ð i"]),
+    "variants, no comma": ("/ðə/ or [ði]", ["ð ə", "ð i"]),
+    "several words": ("/ɡʊd mɔː-nɪŋ/", ["ɡ ʊ d m ɔː n ɪ ŋ"]),
+    "an optional phoneme": ("/kɑː(ɹ)/", ["k ɑː ɹ"]),
+    "a joiner": ("/e\u200də/", ["e ə"]),
+    "one slash": ("/ðə", ["ð ə"]),
+    "phonemes": ("k æ t͡ʃ", ["k æ t͡ʃ"]),
+}
+
+
+@pytest.mark.parametrize(("pronunciation", "expected"), **table(WHOLE))
+def test_segment_separates_phonemes_as_wikipron_does(pronunciation, expected):
+    pytest.importorskip("segments")
+    pairs = read_list(f"x\t{pronunciation}\ny\t/kæt/\nz\t/dɒɡ/\n", "--segment")
+    assert pairs == [*sorted(f"x: {e}" for e in expected), "y: k æ t", "z: d ɒ ɡ"]
+
+
+def test_segment_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "segments", None)
+    with pytest.raises(UserError, match="pip install segments"):
+        read_list(PLAIN, "--segment")
+
+
+IPA_DICT = "cat\t/kæt/\ndog\t/dɒɡ/\nan\t/ən/\n"
+NOT_UTF8 = "line 1: not UTF-8; unpack it if it is packed, or save it as UTF-8 text"
+ODD_LISTS = {
+    "phonemes not separated": (IPA_DICT, "", "no spaces between the phonemes; --segment"),
+    "syllables in slashes": ("a\t/biəw kam/\nb\t/kam/\n", "", "--segment"),
+    "phrases": ("good day\tɡʊddeɪ\nice cream\taɪskɹiːm\n", "", "--segment"),
+    "three columns": (PLAIN + "a\tb\tc\n", "", "line 4: expected two columns"),
+    "spaces only": ("cat k æ t\ndog  d ɒ ɡ\n", "", "line 1: expected two columns"),
+    "no pronunciation": (PLAIN + "a\t\n", "", "line 4: an empty field"),
+    "a tie bar at the end": (PLAIN + "a\tt͡\n", "--segment", "line 4: t͡ cannot be separated"),
+    "stress only": (PLAIN + "a\t/ˈ/\n", "--segment", "line 4: an empty field"),
+    "HTML": (PLAIN + "a\tb<br>\n", "", "line 4: contains <br; export the list as plain text"),
+    "a sound of Anki": (PLAIN + "a\t[sound:a.mp3]\n", "", "line 4: contains [sound:"),
+    "a web page": ("<!DOCTYPE html>\n<html>\n", "", "line 1: expected two columns"),
+    "JSON lines": ('{"word": "cat", "ipa": "/kæt/"}\n', "", "line 1: expected two columns"),
+    "a character after the BOM": (PLAIN + "\ufeffa\tb\n", "", "line 4: contains U+FEFF"),
+    "a mark at the end": ("\n# x\nقط\u200f\tq i\n", "", "line 3: contains U+200F RIGHT-TO-LEFT"),
+    "a separator": ("cat\tk æ\u2028t\n", "--segment", "line 1: contains U+2028 LINE SEPARATOR"),
+    "gzip": (gzip.compress(PLAIN.encode()), "", NOT_UTF8),
+    "xls": (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "", NOT_UTF8),
+    "Latin-1": ("café\ta\n".encode("latin-1"), "", NOT_UTF8),
+    "UTF-16 without a mark": (PLAIN.encode("utf-16-le"), "", "line 1: "),
+    "empty": ("", "", "list.tsv: is empty"),
+    "comments only": ("# cat\n\n", "", "list.tsv: has no words"),
+    "one line": ("cat\tk æ t\n", "", "the list has 1, each split needs a word"),
+    "one word": ("cat\tk æ t, k a t, k ə t\n", "", "the list has 3, each split needs a word"),
+}
+
+
+@pytest.mark.parametrize(("content", "argv", "message"), **table(ODD_LISTS))
+def test_odd_lists_are_refused(content, argv, message):
+    if argv:
+        pytest.importorskip("segments")
+    with pytest.raises(UserError) as error:
+        read_list(content, argv)
+    assert message in str(error.value)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("words", [3, 7, 25, 100])
+def test_the_sizes_proposed_for_a_small_list_fit(words):
+    lines = [f"word{i}\tw ɜ {i}, w ɚ {i}\n" for i in range(words)]  # of each word two
+    with pytest.raises(UserError, match="test needs 1000, has") as error:
+        read_list("".join(lines), "--valid 1000 --test 1000")
+    assert f"the list has {2 * words}, enough for --train all" in str(error.value)
+    assert len(read_list("".join(lines), str(error.value).split("enough for ")[1])) == 2 * words
+
+
 def test_pronunciations_are_split_by_spelling(capsys):
     data = prepare_words("a", LIST)
     assert "Wrote 40 pairs" in capsys.readouterr().out
@@ -561,6 +718,20 @@ def test_downloading_photographs(server, capsys):
     assert class_counts(downloaded["val"]) == [1, 1, 1, 2, 2, 2]
     prepare("--download --url nonsense")
     assert "is already there" in capsys.readouterr().out
+
+
+def test_downloading_a_list_that_does_not_exist(server, fails):
+    line = fails(WORDS, f"--language abc --url {server}/{{language}}.tsv --output_dir x".split())
+    assert f"{server}/abc.tsv: HTTP Error 404" in line
+    assert "the names of the lists are at https://github.com/CUNY-CL/wikipron/tree/" in line
+
+
+def test_zero_width_spaces_of_downloaded_lists_are_dropped():
+    Path("wikipron-xyz.tsv").write_text("a\u200bb\tk\nc\td\ne\tf\n", encoding="utf-8")
+    argv = "--language xyz --output_dir . --train all --valid 1 --test 1"
+    WORDS(argv.split())
+    splits = utils.load_pronunciations(Path()).splits.values()
+    assert {spelling for pairs in splits for _, spelling in pairs} == {"ab", "c", "e"}
 
 
 def test_downloading_a_list(server):

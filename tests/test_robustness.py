@@ -658,7 +658,9 @@ def test_fuzzed_shapes_and_types_of_arrays(folder, key, shape, dtype, value):
         assert_landscapes(data)
 
 
-SEPARATORS = st.sampled_from(["\t", "\t\t", " ", ""])
+SEPARATORS = st.sampled_from(
+    ["\t", "\t\t", " ", "", "  ", ";", ',"', "\t/", '"\t"', ", ", "(1)\t["]
+)
 LINE = st.tuples(st.text(max_size=12), SEPARATORS, st.text(max_size=12)).map("".join)
 LINES = st.lists(LINE | st.just("k æ t\tcat"), max_size=5).map("\n".join)
 LISTS = LINES.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=100)
@@ -676,12 +678,12 @@ def test_fuzzed_words(folder, content):
         "\n".join(hw2_q3.audit(data)).encode()
 
 
-@given(content=LISTS)
-def test_fuzzed_lists_of_wikipron(folder, content):
+@given(content=LISTS, segment=st.sampled_from([[], ["--segment"]]))
+def test_fuzzed_lists_of_pronunciations(folder, content, segment):
     (folder / "wiki.tsv").write_bytes(content)
     shutil.rmtree(folder / "split", ignore_errors=True)
     argv = f"--tsv {folder / 'wiki.tsv'} --output_dir {folder / 'split'} --valid 1 --test 1"
-    read_or_refused(prepare_pronunciations.main, [*argv.split(), "--train", "all"])
+    read_or_refused(prepare_pronunciations.main, [*argv.split(), "--train", "all", *segment])
     if (folder / "split").exists():
         splits = utils.load_pronunciations(folder / "split").splits.values()
         words = [{word for _, word in pairs} for pairs in splits]
