@@ -6,12 +6,16 @@ import http.server
 import io
 import os
 import pickle
+import re
+import shutil
 import stat
 import sys
 import threading
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -50,6 +54,8 @@ LAYOUTS = {
     "float32 in 0..1": ("images", lambda a: a.astype(np.float32) / 255),
     "float64 in 0..255, channels first": ("images", lambda a: a.transpose(0, 3, 1, 2) * 1.0),
     "float16 in 0..1, flattened": ("images", lambda a: (a / 255).astype("f2").reshape(-1, 6912)),
+    "int64 in 0..255": ("images", lambda a: a.astype(np.int64)),
+    "uint16 in 0..255, flattened": ("images", lambda a: a.astype(np.uint16).reshape(len(a), -1)),
     "Fortran order": ("images", np.asfortranarray),
     "int32 labels": ("labels", lambda a: a.astype(np.int32)),
     "uint8 labels in a column": ("labels", lambda a: a[:, None].astype(np.uint8)),
@@ -82,7 +88,9 @@ def test_the_fingerprint_depends_on_each_pixel_and_label(landscapes):
 BAD_ARRAYS = {
     "32 pixels": ("test_images", lambda a: a[:, :32, :32], "shape"),
     "a number": ("train_images", lambda a: np.uint8(3), "shape"),
-    "int64 images": ("train_images", lambda a: a.astype(np.int64), "type int64"),
+    "integers up to 256": ("train_images", lambda a: a * np.uint16(0) + 256, "256.* 0 to 255"),
+    "negative integers": ("train_images", lambda a: a.astype(np.int8) * 0 - 1, "from -1 to -1"),
+    "Boolean images": ("train_images", lambda a: a > 9, "type bool"),
     "NaN": ("val_images", lambda a: np.where(a == a.max(), np.nan, a), "nan"),
     "floats up to 256": ("val_images", lambda a: a * np.float32(0) + 256, "256"),
     "negative floats": ("val_images", lambda a: a * -1.0, "values from"),
@@ -135,6 +143,7 @@ def test_bad_files_are_named_and_run_no_code(landscapes_path, write, message):
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
 SHADES = np.linspace(0, 65535, 48 * 48).astype(np.uint16).reshape(48, 48)
+WHOLE = {"lossless": True, "exact": True}
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", (48, 48))]}
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # the orientation of the camera
@@ -179,10 +188,147 @@ def test_bad_images_are_named():
     Path("text").write_bytes(b"hello")
     Path("header").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
     Image.new("F", (60, 60), 0.5).save("floats", "tiff")
-    messages = {"text": "cannot identify", "header": "", "floats": "floats of unknown"}
+    messages = {"text": "convert to JPEG", "header": "", "floats": "floats of unknown"}
     for name, message in messages.items():
         with pytest.raises(UserError, match=rf"{name}: not a readable image \(.*{message}"):
             utils.read_image(name)
+    for name, message in {"missing": "no such file", ".": "not a file"}.items():
+        with pytest.raises(UserError, match=rf"^{re.escape(name)}: {message}"):
+            utils.read_image(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_refused_without_waiting_for_its_writer():
+    os.mkfifo("pipe.jpg")
+    with pytest.raises(UserError, match=r"pipe\.jpg: not a file"):
+        utils.read_image("pipe.jpg")
+
+
+GREY = np.full((48, 48), 90, np.uint8)
+ALPHA = np.where(np.arange(48) < 20, 0, 255).astype(np.uint8) * np.ones((48, 1), np.uint8)
+TWO = Image.fromarray((ALPHA > 0).astype(np.uint8), "P")  # a palette image of two colours
+TWO.putpalette([10, 20, 30, 90, 90, 90])
+TRANSPARENT = {  # (image whose first 20 columns are transparent and others grey, options, suffix)
+    "RGBA": (Image.fromarray(np.dstack([GREY, GREY, GREY, ALPHA])), {}, "png"),
+    "RGBA as WebP": (Image.fromarray(np.dstack([GREY, GREY, GREY, ALPHA])), WHOLE, "webp"),
+    "LA": (Image.fromarray(np.dstack([GREY, ALPHA])), {}, "png"),
+    "PA": (TWO, {"transparency": bytes([0, 255])}, "png"),
+    "P": (TWO, {"transparency": 0}, "gif"),
+    "L": (Image.fromarray(np.where(ALPHA, GREY, 7)), {"transparency": 7}, "png"),
+    "16 bits": (
+        Image.fromarray(np.where(ALPHA, 90 * 257, 7).astype(np.uint16)),
+        {"transparency": 7},
+        "png",
+    ),
+    "RGB": (TWO.convert("RGB"), {"transparency": (10, 20, 30)}, "png"),
+}
+
+
+@pytest.mark.parametrize(("image", "options", "suffix"), **table(TRANSPARENT))
+def test_what_is_transparent_is_white(image, options, suffix):
+    image.save(f"x.{suffix}", **options)
+    expected = np.where(ALPHA, GREY, 255)
+    assert np.array_equal(utils.read_image(f"x.{suffix}"), np.stack([expected] * 3))
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    Image.new("RGBA", (48, 48), (0, 100, 255, 51)).save("x.png")
+    assert utils.read_image("x.png")[:, 0, 0].tolist() == [204, 224, 255]
+
+
+def test_files_are_read_by_content():
+    image, more = (
+        Image.fromarray(PIXELS),
+        {"save_all": True, "append_images": [Image.new("L", (9, 9))]},
+    )
+    image.save("x.png")
+    expected = utils.read_image("x.png")
+    for name in ("no suffix", "x.PNG", "x.jpg", "x.txt"):
+        shutil.copy("x.png", name)
+        assert torch.equal(utils.read_image(name), expected)
+    image.save("x.mpo", quality=95, **more)  # two images, as some telephones write them
+    shutil.copy("x.mpo", "telephone.jpg")
+    image.save("alone.jpg", quality=95)
+    for name in ("x.mpo", "telephone.jpg"):
+        assert torch.equal(utils.read_image(name), utils.read_image("alone.jpg"))
+    assert {".mpo", ".jpg", ".jfif", ".webp"} <= utils.image_suffixes()
+
+
+def test_only_large_jpeg_files_are_decoded_at_an_eighth(monkeypatch):
+    waves = 120 + 99 * np.sin(np.arange(960) / 7)[:, None] * np.cos(np.arange(960) / 99)
+    image = Image.fromarray(waves.astype(np.uint8))
+    for name in ("x.jpg", "x.png"):
+        image.save(name)
+    whole = {name: utils.read_image(name) for name in ("x.jpg", "x.png")}
+    with Image.open("x.jpg") as image:
+        exact = image.convert("RGB").resize((48, 48), Image.Resampling.BICUBIC)
+    assert np.array_equal(whole["x.jpg"].permute(1, 2, 0), exact)
+    monkeypatch.setattr(utils, "ORDINARY_PIXELS", 10**5)
+    assert torch.equal(utils.read_image("x.png"), whole["x.png"])
+    reduced = utils.read_image("x.jpg")
+    assert not torch.equal(reduced, whole["x.jpg"])
+    torch.testing.assert_close(reduced.float(), whole["x.jpg"].float(), atol=4, rtol=0)
+
+
+def test_a_photograph_of_90_million_pixels():
+    Image.new("L", (10_000, 9_000), 77).save("x.jpg")
+    assert torch.equal(utils.read_image("x.jpg"), torch.full((3, 48, 48), 77, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_heic_is_read_where_its_plugin_is_installed(monkeypatch, capsys, is_installed):
+    for registry in ("OPEN", "EXTENSION", "ID"):
+        monkeypatch.setattr(Image, registry, getattr(Image, registry).copy())
+
+    def register():
+        is_heic, opened = (
+            lambda start: start[4:12] == b"ftypheic",
+            Image.new("RGB", (9, 9), (1, 2, 3)),
+        )
+        Image.register_open("HEIF", lambda file, name: opened, is_heic)
+        Image.register_extension("HEIF", ".heic")
+
+    plugin = SimpleNamespace(register_heif_opener=register) if is_installed else None
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)  # None: importing it fails
+    monkeypatch.setattr(utils, "_register_formats", utils._register_formats.__wrapped__)
+    Path("x.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
+    Path("raw.NEF").touch()
+    found = utils.find_images(Path())
+    if is_installed:
+        assert found == [Path("x.HEIC")]
+        assert utils.read_image("x.HEIC").float().mean((1, 2)).tolist() == [1, 2, 3]
+    else:
+        assert found == []
+        with pytest.raises(UserError, match="for HEIC, `pip install pillow-heif`"):
+            utils.read_image("x.HEIC")
+    skipped = "1 .nef" if is_installed else "1 .heic, 1 .nef"
+    assert capsys.readouterr().err.startswith(f".: skipping {skipped}, formats that are not read")
+
+
+def test_folders_are_entered_once_and_hidden_files_skipped(tmp_path):
+    names = "b/1.png", "b/c/2.PNG", "d.jpg/3.png", ".hidden/4.png", "__MACOSX/b/1.png", "b/._1.png"
+    for name in names:
+        Path("top", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("top", name).touch()
+    Path("elsewhere").mkdir()
+    Path("elsewhere/5.png").touch()
+    try:
+        for link, target in {"a": "b", "b/c/loop": "../..", "z": "../elsewhere"}.items():
+            Path("top", link).symlink_to(target, target_is_directory=True)
+        Path("top/broken.png").symlink_to("nothing")
+    except OSError:
+        pytest.skip("no symbolic links on this system")
+    found = [path.as_posix() for path in utils.find_images(Path("top"))]
+    expected = "b/1.png", "b/c/2.PNG", "broken.png", "d.jpg/3.png", "z/5.png"
+    assert found == [f"top/{name}" for name in expected]
+
+
+def test_folders_that_cannot_be_read_are_named(monkeypatch, capsys):
+    Path("shut").mkdir()
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "shut")
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=denied))
+    assert utils.files_below(Path("shut")) == []
+    assert re.match("Skipping shut: .*Permission denied", capsys.readouterr().err)
 
 
 # ----------------------------------------------------------------------------------------------

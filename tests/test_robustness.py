@@ -15,6 +15,7 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -453,11 +454,21 @@ def test_an_array_that_claims_to_be_huge(tmp_path, arrays, fails):
     assert re.search("not a readable|out of memory", fails(hw2_q2.main, ["-data_path", path]))
 
 
-@pytest.mark.parametrize("side", [10_000, 20_000])
-def test_images_of_100_million_pixels_in_a_few_kilobytes(tmp_path, side):
+@pytest.mark.parametrize("side", [14_000, 20_001])
+def test_images_of_200_million_pixels_in_a_few_kilobytes(tmp_path, side):
     Image.new("1", (side, side)).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match="decompression bomb"):
+    with pytest.raises(UserError, match=r"more than (178|400) million pixels; shrink it"):
         utils.read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_claims_to_have_more_than_400_million_pixels(tmp_path, progressive):
+    content = in_memory(Image.new("RGB", (16, 16)).save, "JPEG", progressive=progressive)
+    size, huge = struct.pack(">HH", 16, 16), struct.pack(">HH", 20_001, 20_000)
+    assert content.count(size) == 1
+    (tmp_path / "x.jpg").write_bytes(content.replace(size, huge))
+    with pytest.raises(UserError, match="more than 400 million pixels; shrink it"):
+        utils.read_image(tmp_path / "x.jpg")
 
 
 def test_symbols_that_look_like_mathematics(start, tmp_path):
