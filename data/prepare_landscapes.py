@@ -41,16 +41,17 @@ File = tuple[tuple[str, ...], Callable[[], bytes]]  # the parts of its path; rea
 
 
 def files_in_folder(folder: Path) -> Iterator[File]:
-    """All files below a folder, its name included. Raises UserError if there is no such folder."""
+    """All files below a folder, its name included, but for hidden ones. Raises UserError if there
+    is no such folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            yield path.relative_to(folder.parent).parts, path.read_bytes
+    for path in utils.files_below(folder):
+        yield path.relative_to(folder.parent).parts, path.read_bytes
 
 
 def files_in_archive(archive: zipfile.ZipFile) -> Iterator[File]:
-    """All files of a zip archive, to be read in place: nothing is unpacked to the disk.
+    """All files of a zip archive, but for hidden ones, to be read in place: nothing is unpacked to
+    the disk.
 
     Raises UserError if an entry has an absolute path, '..' or a huge size, or is a link.
     """
@@ -65,7 +66,8 @@ def files_in_archive(archive: zipfile.ZipFile) -> Iterator[File]:
             problem = f"unpacks to {entry.file_size / 2**20:,.0f} MiB"
         if problem:
             raise UserError(f"{archive.filename}: refused, {entry.filename!r} {problem}")
-        if not entry.filename.endswith("/"):  # is_dir() fails where there is no name
+        is_file = not entry.filename.endswith("/")  # is_dir() fails where there is no name
+        if is_file and not any(map(utils.is_hidden, parts)):
             yield parts, functools.partial(archive.read, entry)
 
 
@@ -109,17 +111,23 @@ class Images(NamedTuple):
 
 def split_and_label(parts: tuple[str, ...]) -> tuple[str, int] | None:
     """('train' or 'test', label) of an image file '.../seg_train/.../<class>/<name>' or
-    '.../seg_test/.../<class>/<name>'; None for other files."""
-    split = next((FOLDERS[part] for part in reversed(parts) if part in FOLDERS), None)
-    is_image = PurePosixPath(*parts).suffix.lower() in utils.image_suffixes()
-    if split and is_image and parts[-2] in CLASSES:
-        return split, CLASSES.index(parts[-2])
-    return None
+    '.../seg_test/.../<class>/<name>', in lower or upper case; None for other files. Raises
+    UserError if no folder has the name of a class."""
+    folders = [part.lower() for part in parts[:-1]]
+    splits = [i for i, name in enumerate(folders) if name in FOLDERS]
+    if not splits or not utils.is_image_name(parts[-1]):
+        return None
+    classes = [name for name in folders[splits[-1] :] if name in CLASSES]
+    if not classes:
+        raise UserError(f"{'/'.join(parts)}: in no folder of a class: {', '.join(CLASSES)}")
+    return FOLDERS[folders[splits[-1]]], CLASSES.index(classes[-1])
 
 
 def read_images(files: Iterable[File]) -> dict[str, Images]:
     """Read the images of each split in FOLDERS. Those that cannot be read are left out, and their
-    names are printed. Raises UserError if a split has none."""
+    names are printed. Raises UserError if a split has none of a class."""
+    files = list(files)
+    utils.report_other_formats("these folders", (parts[-1] for parts, _ in files if parts))
     images = [(*key, parts[-1], read) for parts, read in files if (key := split_and_label(parts))]
     rows, broken = {split: [] for split in FOLDERS.values()}, []
     for split, label, name, read in tqdm(images, unit="image", leave=False, disable=None):
@@ -135,8 +143,10 @@ def read_images(files: Iterable[File]) -> dict[str, Images]:
         print(f"{len(broken)} broken images left out")
     splits = {}
     for folder, split in FOLDERS.items():
-        if not rows[split]:
-            raise UserError(f"no {split} images found; expected in folders {folder}/<class>/")
+        labels = {label for _, label, _ in rows[split]}
+        if missing := [name for i, name in enumerate(CLASSES) if i not in labels]:
+            classes = f"{folder}/<class>/, <class> being {', '.join(CLASSES)}"
+            raise UserError(f"no {split} images of {', '.join(missing)}; expected in {classes}")
         pixels, labels, names = zip(*rows[split])
         splits[split] = Images(torch.stack(pixels), torch.tensor(labels), names)
     return splits

@@ -536,7 +536,16 @@ def with_entry(name, content=b"", change=bytes, **attributes):
 
 
 NAME, LINK_MODE = f"{TRAIN}/sea/x.png", (stat.S_IFLNK | 0o777) << 16
-TWO_IMAGES = {f"{TRAIN}/sea/1.png": png(1), f"{TEST}/sea/1.png": png(2)}
+NO_CLASS = "in no folder of a class: buildings, forest, glacier, mountain, sea, street"
+SIX = "expected in seg_train/<class>/, <class> being buildings, forest, glacier, mountain, sea, st"
+BROKEN_SEA = {k: b"?" if "seg_train/sea/" in k else content for k, content in ENTRIES.items()}
+EQUAL_IMAGES = dict.fromkeys(ENTRIES, png(1))
+
+
+def without(part):
+    """ENTRIES but for those with this part in their name."""
+    return {name: content for name, content in ENTRIES.items() if part not in name}
+
 
 BAD_ARCHIVES = {
     "a parent path": (with_entry("seg_train/../../sea/x.png"), "points outside"),
@@ -552,8 +561,13 @@ BAD_ARCHIVES = {
     ),
     "cut": (with_entry("x", change=lambda b: b[:-2000]), "not a readable zip"),
     "text": (lambda path: path.write_text("hello"), "not a readable zip"),
-    "no images": (lambda path: write_zip(path, {"a.txt": b""}), "no train images found"),
-    "two images": (lambda path: write_zip(path, TWO_IMAGES), "too few training images"),
+    "no images": (lambda path: write_zip(path, {"a.txt": b""}), "no train images of buildings"),
+    "a missing class": (lambda path: write_zip(path, without("seg_train/sea/")), f"sea; {SIX}"),
+    "a missing test class": (lambda path: write_zip(path, without("seg_test/sea/")), "no test im"),
+    "a misnamed class": (with_entry(f"{TEST}/seas/x.png"), f"seas/x.png: {NO_CLASS}"),
+    "an image in no class": (with_entry(f"{TRAIN}/x.JPG"), f"x.JPG: {NO_CLASS}"),
+    "a class of broken images": (lambda path: write_zip(path, BROKEN_SEA), f"sea; {SIX}"),
+    "equal images": (lambda path: write_zip(path, EQUAL_IMAGES), "too few training images"),
 }
 
 
@@ -561,9 +575,36 @@ BAD_ARCHIVES = {
 def test_bad_archives_are_refused_as_a_whole(fails, write, message):
     write(Path("x.zip"))
     Path("x.npz").write_text("earlier")
-    argv = ["--archive", "x.zip", "--output", "x.npz"]
+    argv = ["--archive", "x.zip", "--output", "x.npz", "--drop_duplicates"]
     assert message in fails(prepare_landscapes.main, argv)
     assert Path("x.npz").read_text() == "earlier"
+
+
+OTHER_FOLDERS = {
+    "no folder repeated": lambda name: name.replace("seg_train/seg_train", "seg_train"),
+    "a folder above": lambda name: f"photographs of 2018/{name}",
+    "capital letters": lambda name: name.replace("seg_", "Seg_").replace("sea", "Sea"),
+    "folders inside those of classes": lambda name: re.sub("sea/(?=1)", "sea/from Kaggle/", name),
+}
+
+
+@pytest.mark.parametrize("rename", **table(OTHER_FOLDERS))
+def test_folders_of_other_names_and_depths(rename):
+    counts = [class_counts(split) for split in prepare("--archive x.zip").values()]
+    entries = {rename(name): content for name, content in ENTRIES.items()}
+    assert entries.keys() != ENTRIES.keys()
+    assert [class_counts(split) for split in prepare("--archive x.zip", entries).values()] == counts
+
+
+def test_hidden_files_and_other_formats_are_not_prepared(capsys):
+    before = [class_counts(split) for split in prepare("--archive x.zip").values()]
+    hidden = f"{TRAIN}/sea/._0.png", f"__MACOSX/{TRAIN}/seas/0.png", f"{TRAIN}/.tmp/x.png"
+    other = f"{TRAIN}/sea/1.HEIC", f"{TEST}/sea/1.heic", f"{TEST}/sea/1.dng"
+    entries = ENTRIES | dict.fromkeys((*hidden, *other), b"?")
+    assert [class_counts(split) for split in prepare("--archive x.zip", entries).values()] == before
+    out, err = capsys.readouterr()
+    assert "broken" not in out
+    assert "skipping 1 .dng, 2 .heic, formats that are not read here" in err
 
 
 def test_an_entry_without_a_name_is_ignored():
