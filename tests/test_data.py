@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 import utils
-from data import prepare_landscapes, prepare_pronunciations, sample
+from data import prepare_landscapes, prepare_pronunciations, sample, ship
+from tests.conftest import save_checkpoint
 from utils import CLASSES, SPLITS, UserError
 
 
@@ -621,6 +622,43 @@ def test_real_photographs(real_data, capsys):
     assert class_counts(splits["test"]) == [437, 474, 553, 525, 510, 501]
     counts = "10 in one split, under two labels; 3 in training and test, under two labels; "
     assert f"Duplicate images: {counts}5 in one split" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------
+# shipped networks
+
+WEIGHTS = {"weight": torch.tensor([0.1, 3]), "count": torch.tensor(7)}
+HALVES = {"weight": torch.tensor([0.1, 3]).half(), "count": torch.tensor(7)}
+NETWORKS = {  # (weights of a checkpoint, those of the file to ship)
+    "question 2": ({"model": WEIGHTS}, {"model": HALVES}),
+    "question 3": (
+        {"model": {"last": WEIGHTS["weight"]}, "best": WEIGHTS},
+        {"model": {}, "best": HALVES},
+    ),
+}
+
+
+@pytest.mark.parametrize(("weights", "expected"), **table(NETWORKS))
+def test_a_shipped_network_has_its_weights_in_half_precision(weights, expected):
+    optimizer = {"state": {0: torch.ones(9)}}
+    save_checkpoint(Path("x.pt"), **weights, optimizer=optimizer, symbols=["a"])
+    ship.main(["x.pt", "small/y.pt"])
+    before, after = (utils.load_checkpoint(Path(name)) for name in ("x.pt", "small/y.pt"))
+    assert after.keys() == before.keys()
+    for part, content in after.items():
+        if part in expected:
+            assert content.keys() == expected[part].keys()
+            for name, weight in content.items():
+                assert weight.dtype == expected[part][name].dtype
+                assert torch.equal(weight, expected[part][name])
+        else:
+            assert content == ({} if part == "optimizer" else before[part])
+
+
+def test_weights_beyond_half_precision_are_not_shipped(fails):
+    save_checkpoint(Path("x.pt"), model={"weight": torch.tensor(1e5)})
+    assert "not finite in half precision" in fails(ship.main, ["x.pt", "y.pt"])
+    assert not Path("y.pt").exists()
 
 
 # ----------------------------------------------------------------------------------------------
