@@ -15,6 +15,7 @@ model | training | figures | prediction | options | main
 import functools
 import json
 import math
+import os
 import sys
 import time
 from argparse import Namespace
@@ -228,6 +229,7 @@ def print_parameters(args: Namespace) -> None:
 
 TRAINING_VERSION = 1  # raised when a change alters the results of training
 DATA_PATH = utils.ROOT / "data" / "intel_landscapes.v2.npz"
+PRETRAINED = utils.ROOT / "data" / "pretrained" / "q2.pt"
 AUGMENTATIONS = ("flip", "crop", "erase")
 TTA = ("mirror", "shift")  # test-time augmentations
 EPOCH_LINE = (
@@ -531,54 +533,70 @@ def load_network(path: Path, device: Any = "cpu") -> tuple[Classifier, Namespace
     return model.eval(), args, saved
 
 
-def rank(saved: dict[str, Any]) -> tuple[bool, float]:
-    """Sort key of networks for -predict: (trained on photographs, last validation accuracy)."""
-    return saved["data"]["name"] != "sample", float(saved["history"]["val_accuracy"][-1])
+def rank(saved: dict[str, Any]) -> float | None:
+    """A network's last validation accuracy; None if it is that on the built-in sample."""
+    accuracy = float(saved["history"]["val_accuracy"][-1])
+    return None if saved["data"]["name"] == "sample" else accuracy
 
 
-def read_images(paths: list[Path]) -> tuple[list[Path], Tensor]:
-    """The readable image files among `paths` and in the folders among them, and their images
-    (N, 3, 48, 48). Skips unreadable files in folders with a message. Raises UserError."""
-    suffixes, files = utils.image_suffixes(), []
-    for path in paths:
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = [p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file()]
-        if not inside:
-            raise UserError(f"{path}: no images in this folder")
-        files += sorted(inside)
-    readable, images = [], []
-    for file in files:
+def choose_network(args: Namespace) -> Path:
+    """-checkpoint, or the best network trained here on photographs, or the shipped one."""
+    folder = args.output_dir / "checkpoints"
+    try:
+        return args.checkpoint or utils.best_checkpoint(folder, "q2-", rank, PRETRAINED)
+    except UserError as error:
+        how = "on photographs (data/README.md): python hw2_q2.py -recipe best"
+        raise UserError(f"{error} {how}; or name one: -checkpoint FILE")
+
+
+def read_images(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
+    """The images (3, 48, 48) of the readable files among `paths` and in the folders among them, and
+    what is wrong with other paths. Skips unreadable files in folders with a message."""
+    named, images, problems = {}, {}, []  # named: {file: whether `paths` have it, not a folder}
+    for path in [path for pattern in paths for path in utils.expand_pattern(pattern)]:
+        is_folder = os.path.isdir(path)
+        files = utils.find_images(path) if is_folder else [path]
+        named |= dict.fromkeys(files, not is_folder)
+        problems += [] if files else [utils.printable(f"{path}: no images in this folder")]
+    for file, is_named in tqdm(named.items(), unit="image", leave=False, disable=None):
         try:
-            images.append(utils.read_image(file))
-            readable.append(file)
+            images[file] = utils.read_image(file)
         except UserError as error:
-            if file in paths:
-                raise
-            print(f"Skipping {error}", file=sys.stderr)
-    if not images:
-        raise UserError("none of these images can be read")
-    return readable, torch.stack(images)
+            if is_named:
+                problems.append(str(error))
+            else:
+                tqdm.write(f"Skipping {error}", file=sys.stderr)
+    if not images and not problems:
+        problems = ["none of these images can be read"]
+    return images, problems
 
 
 def predict_files(args: Namespace) -> None:
-    """Print class and probabilities of the images under -predict, as a table or as JSON."""
-    path = args.checkpoint or utils.best_checkpoint(args.output_dir / "checkpoints", "q2-", rank)
-    device = utils.prepare_device(args.device, args.threads)
+    """Print the classes of the images under -predict. Raises UserError, after all answers, if one
+    of these paths cannot be read."""
+    path, device = choose_network(args), utils.prepare_device(args.device, args.threads)
     model, trained, saved = load_network(path, device)
-    files, images = read_images(args.predict)
-    images = PIXELS[trained.pixels](images)
-    probabilities = predict(model, images.to(device), trained.tta).exp().tolist()
-    on_photographs, accuracy = rank(saved)
-    note = " without test-time augmentation" if trained.tta else ""
-    note += "" if on_photographs else ", trained on the built-in SAMPLE"
-    print(f"Network: {path} (validation accuracy {accuracy:.4f}{note})", file=sys.stderr)
+    images, problems = read_images(args.predict)
+    if images:
+        accuracy = float(saved["history"]["val_accuracy"][-1])
+        note = " without test-time augmentation" if trained.tta else ""
+        note += ", trained on the built-in SAMPLE" if rank(saved) is None else ""
+        print(f"Network: {path} (validation accuracy {accuracy:.4f}{note})", file=sys.stderr)
+        inputs = PIXELS[trained.pixels](torch.stack([*images.values()])).to(device)
+        print_answers(list(images), predict(model, inputs, trained.tta).exp(), args.json)
+    for problem in problems[:-1]:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        raise UserError(problems[-1])
+
+
+def print_answers(files: list[Path], probabilities: Tensor, as_json: bool) -> None:
+    """Print class and probabilities (N, 6) of image files, as a table or as JSON."""
     answers = []
-    for file, row in zip(files, probabilities):
+    for file, row in zip(files, probabilities.tolist()):
         answer = {"image": str(file), "class": CLASSES[row.index(max(row))]}
         answers.append(answer | {"probabilities": dict(zip(CLASSES, row))})
-    if args.json:
+    if as_json:
         print(json.dumps(answers, indent=1, ensure_ascii=False))
         return
     names = [utils.printable(answer["image"]) for answer in answers]
@@ -648,8 +666,10 @@ def make_parser() -> utils.Parser:
         help="print the parameters, layer by layer, of both CNNs, or of the residual network")
     add("-predict", nargs="+", type=Path, metavar="PATH", help="classify image files or folders")
     add("-checkpoint", type=Path, metavar="FILE",
-        help="network for -predict (default: the one with the best validation accuracy)")
-    add("-json", action="store_true", help="print the output of -predict as JSON")
+        help="network for -predict (default: the one with the best validation accuracy on "
+        "photographs, else data/pretrained/q2.pt)")
+    add("-json", action="store_true",
+        help="print the output of -predict as a JSON list, without images that cannot be read")
     return parser
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import nn
 
 import hw2_q2
 import utils
+from data import ship
 from tests.benchmark import TextbookCNN
 from tests.conftest import DATA, Killed, assert_equal_runs, save_checkpoint
 from utils import CLASSES
@@ -718,7 +720,7 @@ def test_predictions_are_the_networks(train, predict, photos, landscapes, tmp_pa
         assert line.split() == [answer["image"], answer["class"], *probabilities]
 
 
-def test_the_best_network_on_photographs_predicts(trained, predict, photos, tmp_path):
+def test_the_best_network_on_photographs_predicts(trained, predict, photos, tmp_path, monkeypatch):
     saved = load_run(trained)[1]
 
     def network(name, data, *accuracies, options="", argv=()):
@@ -728,12 +730,35 @@ def test_the_best_network_on_photographs_predicts(trained, predict, photos, tmp_
         save_checkpoint(tmp_path / "checkpoints" / f"q2-{name}.pt", **saved | changes)
         return predict(photos, "-output_dir", tmp_path, *argv).err
 
+    monkeypatch.setattr(hw2_q2, "PRETRAINED", tmp_path / "shipped.pt")
+    with pytest.raises(utils.UserError, match="-recipe best; or name one: -checkpoint"):
+        network("sample", "sample", 0.99)  # which answers only where it is named
     note = "q2-sample.pt (validation accuracy 0.9900, trained on the built-in SAMPLE)"
-    assert note in network("sample", "sample", 0.99)
+    named = "-checkpoint", tmp_path / "checkpoints" / "q2-sample.pt"
+    assert note in network("sample", "sample", 0.99, argv=named)
+    shutil.copy(named[1], tmp_path / "shipped.pt")
+    assert f"Network: {tmp_path / 'shipped.pt'} (" in network("sample", "sample", 0.99)
     network("a", "photographs", 0.9, 0.6)  # its weights are the last epoch's
     assert "q2-b.pt (validation accuracy 0.7000)" in network("b", "photographs", 0.5, 0.7)
     note = "q2-c.pt (validation accuracy 0.8000 without test-time augmentation)"
     assert note in network("c", "photographs", 0.8, options=" -tta mirror")
+
+
+@pytest.mark.parametrize("line", ["-recipe best -epochs 1", "-precision bfloat16"])
+def test_a_shipped_network_predicts_as_before(train, predict, photos, tmp_path, monkeypatch, line):
+    train(*line.split(), folder="out")
+    [checkpoint] = tmp_path.glob("out/checkpoints/*.pt")
+    monkeypatch.setattr(hw2_q2, "PRETRAINED", tmp_path / "q2.pt")
+    ship.main([str(checkpoint), str(tmp_path / "q2.pt")])
+    model, args, _ = hw2_q2.load_network(tmp_path / "q2.pt")
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert args.precision == hw2_q2.load_network(checkpoint)[1].precision
+    whole = predict(photos, "-json", "-checkpoint", checkpoint).out
+    out, err = predict(photos, "-json", "-output_dir", tmp_path / "nothing")
+    assert f"Network: {tmp_path / 'q2.pt'}" in err
+    for answer, expected in zip(json.loads(out), json.loads(whole), strict=True):
+        assert answer["image"] == expected["image"]
+        assert answer["probabilities"] == pytest.approx(expected["probabilities"], abs=0.02)
 
 
 def test_file_names_with_control_characters_are_escaped(predict, photos):
@@ -750,26 +775,75 @@ def test_file_names_with_control_characters_are_escaped(predict, photos):
 def test_unreadable_images_in_a_folder_are_skipped(predict, photos):
     expected = predict(photos, "-json").out
     (photos / "._0.png").write_bytes(b"hello")  # as archives made on a Mac have them
+    (photos / "cut.png").write_bytes((photos / "0.png").read_bytes()[:-500])
+    (photos / "1.HEIC").touch()
     out, err = predict(photos, "-json")
     assert out == expected
-    assert re.search(r"Skipping .*\._0\.png: not a readable image", err)
+    assert re.search(r"Skipping .*cut\.png: not a readable image", err)
+    assert f"{photos}: skipping 1 .heic, formats that are not read here; convert to JPEG" in err
+    assert "._0.png" not in err
     for path in photos.rglob("[0-9].png"):
         path.unlink()
     with pytest.raises(utils.UserError, match="none of these images can be read"):
         predict(photos)
 
 
+PARTLY_WRONG = {  # {paths: what is said, after the answers}
+    "good.png bad.png": ["bad.png: not a readable image"],
+    "none.jpg good.png empty": ["empty: no images in this folder", "none.jpg: no such file"],
+    "bad.png none.jpg good.png": ["bad.png: not a readable image", "none.jpg: no such file"],
+    "g*.png *.gif": ["*.gif: no such file"],
+}
+
+
+@pytest.mark.parametrize("output", ["", "-json"])
+@pytest.mark.parametrize(("line", "messages"), PARTLY_WRONG.items(), ids=PARTLY_WRONG)
+def test_a_wrong_path_does_not_cost_the_other_answers(
+    trained, photos, tmp_path, monkeypatch, capsys, line, messages, output
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(photos / "0.png", "good.png")
+    Path("bad.png").write_bytes(b"hello")
+    Path("empty").mkdir()
+    argv = [*CPU, "-output_dir", str(trained), "-predict", *line.split(), *output.split()]
+    with pytest.raises(SystemExit) as stop:
+        utils.run_script(lambda: hw2_q2.main(argv))
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    answers = json.loads(out) if output else out.splitlines()[1:]
+    [answer] = answers
+    assert (answer["image"] if output else answer.split()[0]) == "good.png"
+    network, *problems = err.splitlines()
+    assert network.startswith("Network: ")
+    for problem, message in zip(problems, messages, strict=True):
+        assert f"error: {message}" in problem
+
+
+def test_patterns_that_the_shell_leaves(predict, photos, monkeypatch):
+    monkeypatch.chdir(photos / "deeper")
+
+    def images(*argv):
+        return [answer["image"] for answer in json.loads(predict(*argv, "-json").out)]
+
+    assert images("*.png") == images("[12].png") == images("?.png") == ["1.png", "2.png"]
+    assert images("../deep*") == [str(Path("../deeper", name)) for name in ("1.png", "2.png")]
+    Path("1.png").rename("[12].png")  # a file of that very name
+    assert images("[12].png") == ["[12].png"]
+    assert images("2.png", "*.png") == ["2.png", "[12].png"]
+
+
 REFUSED_PATHS = {
     "bad.png": "bad.png: not a readable image",
     "none.jpg": "none.jpg",
     "empty": "empty: no images in this folder",
-    "bad.png -output_dir .": "train one first",
+    "bad.png -output_dir .": "train one first on photographs",
 }
 
 
 @pytest.mark.parametrize(("line", "message"), REFUSED_PATHS.items(), ids=REFUSED_PATHS)
 def test_predictions_that_are_refused(trained, tmp_path, monkeypatch, fails, line, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hw2_q2, "PRETRAINED", tmp_path / "none shipped.pt")
     Path("bad.png").write_bytes(b"hello")
     Path("empty").mkdir()
     argv = [*CPU, "-output_dir", trained, "-predict", *line.split()]

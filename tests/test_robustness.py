@@ -493,6 +493,7 @@ MISSING = [
 @pytest.mark.parametrize(("main", "line"), MISSING)
 def test_what_is_not_there_is_named_and_not_made(main, line, fails, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hw2_q2, "PRETRAINED", Path("none shipped.pt"))
     assert f"error: {Path('no/such')}" in fails(main, line.split())
     assert list(tmp_path.iterdir()) == []
 
