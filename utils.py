@@ -365,7 +365,8 @@ IMAGE_FORMATS = (
 )  # fmt: skip
 OTHER_SUFFIXES = (  # of images that are not read; HEIC is read if pillow-heif is installed
     ".heic .heif .hif .jxl .svg .psd .xcf .exr .ico .tga .raw .dng .cr2 .cr3 .crw .nef .nrw .arw "
-    ".srf .sr2 .orf .rw2 .raf .pef .srw .x3f .3fr .iiq .rwl .erf .kdc .mrw .mos .gpr"
+    ".srf .sr2 .orf .rw2 .raf .pef .srw .x3f .3fr .iiq .rwl .erf .kdc .mrw .mos .gpr "
+    ".icns .cur .pcx .qoi .dds .jxr .eps .wmf .emf"
 )
 CONVERT = "convert to JPEG; for HEIC, `pip install pillow-heif` is enough"
 ORDINARY_PIXELS = 2**30 // 12  # 89 million; a larger JPEG is decoded at an eighth of its size
