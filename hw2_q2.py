@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import utils
-from data import sample
+from data import image_files, sample
 from utils import CLASSES, SIZE, OneOrMore, UserError, number, probability
 
 # ----------------------------------------------------------------------------------------------
@@ -553,14 +553,14 @@ def read_images(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
     """The images (3, 48, 48) of the readable files among `paths` and in the folders among them, and
     what is wrong with other paths. Skips unreadable files in folders with a message."""
     named, images, problems = {}, {}, []  # named: {file: whether `paths` have it, not a folder}
-    for path in [path for pattern in paths for path in utils.expand_pattern(pattern)]:
+    for path in [path for pattern in paths for path in image_files.expand_pattern(pattern)]:
         is_folder = os.path.isdir(path)
-        files = utils.find_images(path) if is_folder else [path]
+        files = image_files.find_images(path) if is_folder else [path]
         named |= dict.fromkeys(files, not is_folder)
         problems += [] if files else [utils.printable(f"{path}: no images in this folder")]
     for file, is_named in tqdm(named.items(), unit="image", leave=False, disable=None):
         try:
-            images[file] = utils.read_image(file)
+            images[file] = image_files.read_image(file)
         except UserError as error:
             if is_named:
                 problems.append(str(error))

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import utils
+from data import image_files
 from utils import CLASSES, UserError
 
 URL = "https://www.kaggle.com/api/v1/datasets/download/puneet6060/intel-image-classification"
@@ -45,7 +46,7 @@ def files_in_folder(folder: Path) -> Iterator[File]:
     is no such folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    for path in utils.files_below(folder):
+    for path in image_files.files_below(folder):
         yield path.relative_to(folder.parent).parts, path.read_bytes
 
 
@@ -67,7 +68,7 @@ def files_in_archive(archive: zipfile.ZipFile) -> Iterator[File]:
         if problem:
             raise UserError(f"{archive.filename}: refused, {entry.filename!r} {problem}")
         is_file = not entry.filename.endswith("/")  # is_dir() fails where there is no name
-        if is_file and not any(map(utils.is_hidden, parts)):
+        if is_file and not any(map(image_files.is_hidden, parts)):
             yield parts, functools.partial(archive.read, entry)
 
 
@@ -115,7 +116,7 @@ def split_and_label(parts: tuple[str, ...]) -> tuple[str, int] | None:
     UserError if no folder has the name of a class."""
     folders = [part.lower() for part in parts[:-1]]
     splits = [i for i, name in enumerate(folders) if name in FOLDERS]
-    if not splits or not utils.is_image_name(parts[-1]):
+    if not splits or not image_files.is_image_name(parts[-1]):
         return None
     classes = [name for name in folders[splits[-1] :] if name in CLASSES]
     if not classes:
@@ -127,14 +128,14 @@ def read_images(files: Iterable[File]) -> dict[str, Images]:
     """Read the images of each split in FOLDERS. Those that cannot be read are left out, and their
     names are printed. Raises UserError if a split has none of a class."""
     files = list(files)
-    utils.report_other_formats("these folders", (parts[-1] for parts, _ in files if parts))
+    image_files.report_other_formats("these folders", (parts[-1] for parts, _ in files if parts))
     images = [(*key, parts[-1], read) for parts, read in files if (key := split_and_label(parts))]
     rows, broken = {split: [] for split in FOLDERS.values()}, []
     for split, label, name, read in tqdm(images, unit="image", leave=False, disable=None):
         name = f"{split}/{CLASSES[label]}/{name}"
         try:
             with utils.user_errors(name):  # damaged entries raise exceptions of any type
-                rows[split].append((utils.read_image(io.BytesIO(read())), label, name))
+                rows[split].append((image_files.read_image(io.BytesIO(read())), label, name))
         except UserError:
             broken.append(name)
     for name in broken:

@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 import utils
-from data import prepare_landscapes, prepare_pronunciations, sample, ship
+from data import image_files, prepare_landscapes, prepare_pronunciations, sample, ship
+from data.image_files import read_image
 from tests.conftest import save_checkpoint
 from utils import CLASSES, SPLITS, UserError
 
@@ -159,13 +160,13 @@ EXACT = {  # (pixels of a file, options of Image.save, pixels that are read)
 @pytest.mark.parametrize(("pixels", "options", "expected"), **table(EXACT))
 def test_images_of_48_pixels_are_not_resampled(pixels, options, expected):
     Image.fromarray(pixels).save("x.png", **options)
-    assert np.array_equal(utils.read_image("x.png").permute(1, 2, 0), expected)
+    assert np.array_equal(read_image("x.png").permute(1, 2, 0), expected)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "CMYK", "P", "1", "LA"])
 def test_images_of_every_mode_and_size(mode):
     Image.new("RGB", (97, 33), (200, 0, 0)).convert(mode).save("x.tiff")
-    image = utils.read_image("x.tiff")
+    image = read_image("x.tiff")
     assert image.dtype == torch.uint8
     assert image.shape == (3, 48, 48)
     expected = [60, 60, 60] if mode in ("L", "LA", "1") else [200, 0, 0]  # mode 1 is dithered
@@ -176,13 +177,13 @@ def test_resizing_averages():
     stripes = np.zeros((480, 480, 3), np.uint8)
     stripes[:, ::2] = 255  # without antialiasing every pixel would be 0 or 255
     Image.fromarray(stripes).save("x.png")
-    assert 110 < utils.read_image("x.png").min() <= utils.read_image("x.png").max() < 145
+    assert 110 < read_image("x.png").min() <= read_image("x.png").max() < 145
 
 
 def test_formats_that_pillow_lacks_do_not_affect_the_others(monkeypatch):
     Image.new("RGB", (48, 48)).save("x.png")
-    monkeypatch.setattr(utils, "IMAGE_FORMATS", ("UNKNOWN", "PNG"))
-    assert utils.read_image("x.png").shape == (3, 48, 48)
+    monkeypatch.setattr(image_files, "IMAGE_FORMATS", ("UNKNOWN", "PNG"))
+    assert read_image("x.png").shape == (3, 48, 48)
 
 
 def test_bad_images_are_named():
@@ -192,17 +193,17 @@ def test_bad_images_are_named():
     messages = {"text": "convert to JPEG", "header": "", "floats": "floats of unknown"}
     for name, message in messages.items():
         with pytest.raises(UserError, match=rf"{name}: not a readable image \(.*{message}"):
-            utils.read_image(name)
+            read_image(name)
     for name, message in {"missing": "no such file", ".": "not a file"}.items():
         with pytest.raises(UserError, match=rf"^{re.escape(name)}: {message}"):
-            utils.read_image(name)
+            read_image(name)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_is_refused_without_waiting_for_its_writer():
     os.mkfifo("pipe.jpg")
     with pytest.raises(UserError, match=r"pipe\.jpg: not a file"):
-        utils.read_image("pipe.jpg")
+        read_image("pipe.jpg")
 
 
 GREY = np.full((48, 48), 90, np.uint8)
@@ -229,12 +230,12 @@ TRANSPARENT = {  # (image whose first 20 columns are transparent and others grey
 def test_what_is_transparent_is_white(image, options, suffix):
     image.save(f"x.{suffix}", **options)
     expected = np.where(ALPHA, GREY, 255)
-    assert np.array_equal(utils.read_image(f"x.{suffix}"), np.stack([expected] * 3))
+    assert np.array_equal(read_image(f"x.{suffix}"), np.stack([expected] * 3))
 
 
 def test_half_transparent_pixels_are_mixed_with_white():
     Image.new("RGBA", (48, 48), (0, 100, 255, 51)).save("x.png")
-    assert utils.read_image("x.png")[:, 0, 0].tolist() == [204, 224, 255]
+    assert read_image("x.png")[:, 0, 0].tolist() == [204, 224, 255]
 
 
 def test_files_are_read_by_content():
@@ -243,16 +244,16 @@ def test_files_are_read_by_content():
         {"save_all": True, "append_images": [Image.new("L", (9, 9))]},
     )
     image.save("x.png")
-    expected = utils.read_image("x.png")
+    expected = read_image("x.png")
     for name in ("no suffix", "x.PNG", "x.jpg", "x.txt"):
         shutil.copy("x.png", name)
-        assert torch.equal(utils.read_image(name), expected)
+        assert torch.equal(read_image(name), expected)
     image.save("x.mpo", quality=95, **more)  # two images, as some telephones write them
     shutil.copy("x.mpo", "telephone.jpg")
     image.save("alone.jpg", quality=95)
     for name in ("x.mpo", "telephone.jpg"):
-        assert torch.equal(utils.read_image(name), utils.read_image("alone.jpg"))
-    assert {".mpo", ".jpg", ".jfif", ".webp"} <= utils.image_suffixes()
+        assert torch.equal(read_image(name), read_image("alone.jpg"))
+    assert {".mpo", ".jpg", ".jfif", ".webp"} <= image_files.image_suffixes()
 
 
 def test_only_large_jpeg_files_are_decoded_at_an_eighth(monkeypatch):
@@ -260,20 +261,20 @@ def test_only_large_jpeg_files_are_decoded_at_an_eighth(monkeypatch):
     image = Image.fromarray(waves.astype(np.uint8))
     for name in ("x.jpg", "x.png"):
         image.save(name)
-    whole = {name: utils.read_image(name) for name in ("x.jpg", "x.png")}
+    whole = {name: read_image(name) for name in ("x.jpg", "x.png")}
     with Image.open("x.jpg") as image:
         exact = image.convert("RGB").resize((48, 48), Image.Resampling.BICUBIC)
     assert np.array_equal(whole["x.jpg"].permute(1, 2, 0), exact)
-    monkeypatch.setattr(utils, "ORDINARY_PIXELS", 10**5)
-    assert torch.equal(utils.read_image("x.png"), whole["x.png"])
-    reduced = utils.read_image("x.jpg")
+    monkeypatch.setattr(image_files, "ORDINARY_PIXELS", 10**5)
+    assert torch.equal(read_image("x.png"), whole["x.png"])
+    reduced = read_image("x.jpg")
     assert not torch.equal(reduced, whole["x.jpg"])
     torch.testing.assert_close(reduced.float(), whole["x.jpg"].float(), atol=4, rtol=0)
 
 
 def test_a_photograph_of_90_million_pixels():
     Image.new("L", (10_000, 9_000), 77).save("x.jpg")
-    assert torch.equal(utils.read_image("x.jpg"), torch.full((3, 48, 48), 77, dtype=torch.uint8))
+    assert torch.equal(read_image("x.jpg"), torch.full((3, 48, 48), 77, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("is_installed", [False, True])
@@ -291,17 +292,17 @@ def test_heic_is_read_where_its_plugin_is_installed(monkeypatch, capsys, is_inst
 
     plugin = SimpleNamespace(register_heif_opener=register) if is_installed else None
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)  # None: importing it fails
-    monkeypatch.setattr(utils, "_register_formats", utils._register_formats.__wrapped__)
+    monkeypatch.setattr(image_files, "_register_formats", image_files._register_formats.__wrapped__)
     Path("x.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(50))
     Path("raw.NEF").touch()
-    found = utils.find_images(Path())
+    found = image_files.find_images(Path())
     if is_installed:
         assert found == [Path("x.HEIC")]
-        assert utils.read_image("x.HEIC").float().mean((1, 2)).tolist() == [1, 2, 3]
+        assert read_image("x.HEIC").float().mean((1, 2)).tolist() == [1, 2, 3]
     else:
         assert found == []
         with pytest.raises(UserError, match="for HEIC, `pip install pillow-heif`"):
-            utils.read_image("x.HEIC")
+            read_image("x.HEIC")
     skipped = "1 .nef" if is_installed else "1 .heic, 1 .nef"
     assert capsys.readouterr().err.startswith(f".: skipping {skipped}, formats that are not read")
 
@@ -319,7 +320,7 @@ def test_folders_are_entered_once_and_hidden_files_skipped(tmp_path):
         Path("top/broken.png").symlink_to("nothing")
     except OSError:
         pytest.skip("no symbolic links on this system")
-    found = [path.as_posix() for path in utils.find_images(Path("top"))]
+    found = [path.as_posix() for path in image_files.find_images(Path("top"))]
     expected = "b/1.png", "b/c/2.PNG", "broken.png", "d.jpg/3.png", "z/5.png"
     assert found == [f"top/{name}" for name in expected]
 
@@ -328,7 +329,7 @@ def test_folders_that_cannot_be_read_are_named(monkeypatch, capsys):
     Path("shut").mkdir()
     denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES), "shut")
     monkeypatch.setattr(os, "scandir", Mock(side_effect=denied))
-    assert utils.files_below(Path("shut")) == []
+    assert image_files.files_below(Path("shut")) == []
     assert re.match("Skipping shut: .*Permission denied", capsys.readouterr().err)
 
 
@@ -466,7 +467,7 @@ def test_archive_and_folder_give_the_same_file(capsys):
     names = sorted(path for path in ENTRIES if path.startswith(TEST))
     for image, label, name in zip(*splits["test"], names):
         assert CLASSES[label] == name.split("/")[2]
-        assert torch.equal(image, utils.read_image(io.BytesIO(ENTRIES[name])))
+        assert torch.equal(image, read_image(io.BytesIO(ENTRIES[name])))
     before = Path("x.npz").read_bytes()
     with zipfile.ZipFile("x.zip") as file:
         file.extractall("unpacked")

@@ -35,6 +35,7 @@ import hw2_q2
 import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
+from data.image_files import read_image
 from tests.conftest import assert_equal_runs, make_run
 from utils import UserError
 
@@ -142,7 +143,11 @@ def random_kill(rng, seconds):
 
 def assert_files_are_whole(folder):
     """Every file under a final name can be read."""
-    readers = {"pt": utils.load_checkpoint, "json": utils.load_record, "png": utils.read_image}
+    readers = {
+        "pt": utils.load_checkpoint,
+        "json": utils.load_record,
+        "png": read_image,
+    }
     for suffix, read in readers.items():
         for path in folder.rglob(f"[!.]*.{suffix}"):
             read(path)
@@ -458,7 +463,7 @@ def test_an_array_that_claims_to_be_huge(tmp_path, arrays, fails):
 def test_images_of_200_million_pixels_in_a_few_kilobytes(tmp_path, side):
     Image.new("1", (side, side)).save(tmp_path / "x.png")
     with pytest.raises(UserError, match=r"more than (178|400) million pixels; shrink it"):
-        utils.read_image(tmp_path / "x.png")
+        read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -468,7 +473,7 @@ def test_a_jpeg_that_claims_to_have_more_than_400_million_pixels(tmp_path, progr
     assert content.count(size) == 1
     (tmp_path / "x.jpg").write_bytes(content.replace(size, huge))
     with pytest.raises(UserError, match="more than 400 million pixels; shrink it"):
-        utils.read_image(tmp_path / "x.jpg")
+        read_image(tmp_path / "x.jpg")
 
 
 def test_symbols_that_look_like_mathematics(start, tmp_path):
@@ -625,7 +630,7 @@ FILES = {  # name: (how it is read, what then is true)
     "archive": (read_archive, assert_landscapes),
     "record": (utils.load_record, assert_record),
     "checkpoint": (read_checkpoint, assert_speller),
-    **dict.fromkeys(IMAGES, (utils.read_image, assert_image)),
+    **dict.fromkeys(IMAGES, (read_image, assert_image)),
 }
 
 
