@@ -209,7 +209,8 @@ def plot_forest(axes: Axes, rows: list[tuple], original_label: str = "original")
         if original is not None:
             axes.plot(original, y, "D", color="black", markersize=4, label=once(original_label))
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    if rows:
+        axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
 
 

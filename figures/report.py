@@ -40,7 +40,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = make_parser()
     options = parser.parse_args(argv)
     for name, value in vars(options).items():
-        is_general = name in ("format", "output_dir", "train")
+        is_general = name in ("format", "output_dir", "train", "thumbnails")
+        is_general |= name == "data_path" and options.thumbnails
         if not options.train and not is_general and value != parser.get_default(name):
             raise UserError(f"--{name} needs --train")
     return options
@@ -55,6 +56,8 @@ def make_parser() -> utils.Parser:
         help="file format of the figures (default: %(default)s)")
     add("--output_dir", type=Path, default=utils.ROOT, metavar="DIR",
         help="where checkpoints/ and figures/ are (default: the repository)")
+    add("--thumbnails", action="store_true",
+        help="first write figures/thumbnails.png anew: the few photographs that the figures show")
     add = parser.add_argument_group("training").add_argument
     add("--train", choices=GROUPS,
         help="train the runs without a record: report, the original's experiments; all, also "
@@ -276,7 +279,7 @@ def write_report(folder: Path, figure_format: str) -> None:
         "q2": find_records(report_q2, records),
         "q3": {label: scored(runs) for label, runs in find_records(report_q3, records).items()},
     }
-    fields["forest"] = draw_forest(fields["records"])
+    fields["original"] = draw_original(fields["records"])
     fields["trials"] = {key: trials_table(key, folder / "trials") for key in QUESTIONS}
     strict = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
     template = jinja2.Environment(finalize=show, **strict).from_string(
@@ -286,15 +289,20 @@ def write_report(folder: Path, figure_format: str) -> None:
     utils.write_file(folder / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def draw_forest(records: dict[str, Records]) -> Figure:
-    """All of the original's accuracies and error rates against this report's intervals."""
+def draw_original(records: dict[str, Records]) -> Figure:
+    """A photograph and the same one scrambled; below, all of the original's accuracies and error
+    rates against this report's intervals."""
     rows = {key: question.forest_rows(records[key]) for key, question in QUESTIONS.items()}
-    heights = [len(part) + 1 for part in rows.values()]
-    fig, panels = utils.new_figure(5.6, 5.2, 2, 1, height_ratios=heights)
-    for axes, part, xlabel in zip(panels, rows.values(), ("Accuracy", "Test error rate")):
+    heights = [6, *(len(part) + 1 for part in rows.values())]
+    fig = utils.new_figure(5.6, 7.2, 3, 1, height_ratios=heights)[0]
+    grid = fig.axes[0].get_gridspec()
+    fig.axes[0].remove()
+    columns = grid[0].subgridspec(1, 4, width_ratios=(1, 2, 2, 1))
+    report_q2.show_scrambled(fig.add_subplot(columns[i]) for i in (1, 2))
+    for axes, part, xlabel in zip(fig.axes, rows.values(), ("Accuracy", "Test error rate")):
         common.plot_forest(axes, part)
         axes.set(xlabel=xlabel)
-    common.legend_above(fig, panels[0], 3)
+    fig.axes[0].legend(loc="lower left")
     return fig
 
 
@@ -338,6 +346,11 @@ def main(argv: list[str] | None = None) -> None:
                 list_jobs(question, jobs, find_records(question, records))
             else:
                 errors += train(question, jobs, options, records)
+    if options.thumbnails:
+        args = report_q2.script.parse_args([])
+        args.data_path = options.data_path
+        found = find_records(report_q2, load_records(folder / "runs"))
+        report_q2.save_thumbnails(report_q2.THUMBNAILS, found, report_q2.script.load_data(args))
     if not options.dry_run:
         write_report(folder, options.format)
         print(f"Report: {folder / 'README.md'}")

@@ -8,17 +8,19 @@ import math
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 
 import hw2_q2 as script
 import utils
-from data import sample
 from figures import common
 from figures.common import Experiment, Record, Records, markdown_table, mean_sd, scored
 
@@ -134,7 +136,11 @@ FORTY = (
     "plain, dropout 0.3", "plain, weight decay 0.0005",
 )  # fmt: skip
 RATES = "plain, rate 0.1", PLAIN, "plain, rate 0.001"
-SCRAMBLED = "plain, scrambled", PLAIN, "batch norm + pooling, scrambled", VARIANT
+SCRAMBLED = (
+    "plain, rate 0.1, scrambled", "plain, scrambled", "plain, rate 0.001, scrambled",
+    "batch norm + pooling, scrambled",
+)  # fmt: skip
+SCRAMBLED_CURVES = PLAIN, "plain, scrambled", VARIANT, "batch norm + pooling, scrambled"
 CHANGES = PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
 REGULARISED = PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", *CHANGES[1:]
 KERNELS = "kernels 3x3, max pooling", "kernels 5x5", "kernels 7x7", "two 3x3 per block", "one 48x48"
@@ -173,8 +179,9 @@ SIZES = 32, 48, 64, 96  # pixels
 
 def analyse(args: Namespace, data: utils.Landscapes, device: torch.device) -> dict[str, Any]:
     """Measure the finished network of these arguments: 'train', classification_metrics of the
-    training images; calibration_metrics, with test-time augmentation; and, if the pixels are in
-    order, 'shifted' and, for networks that take images of any size, 'sizes', test accuracies.
+    training images; calibration_metrics and confident_errors, with test-time augmentation; and, if
+    the pixels are in order, 'shifted' and, for networks that take images of any size, 'sizes', test
+    accuracies.
     """
     model, args, _ = script.load_network(script.make_run(args, data).checkpoint, device)
     training = script.to_device(*data.splits["train"], device, args)
@@ -182,6 +189,7 @@ def analyse(args: Namespace, data: utils.Landscapes, device: torch.device) -> di
     log_probs = script.predict(model, test[0], args.tta)
     analysis = {"train": script.evaluate(model, *training)}
     analysis |= calibration_metrics(log_probs, test[1].cpu(), label_conflicts(test, training))
+    analysis["confident_errors"] = confident_errors(log_probs, test[1].cpu())
     if args.pixels == "ordered":
         analysis["shifted"] = shifted_accuracies(model, *test)
         if args.head == "gap" and args.kernel_size != utils.SIZE:
@@ -228,6 +236,16 @@ def calibration_metrics(
     }
 
 
+def confident_errors(log_probs: Tensor, labels: Tensor, count: int = 24) -> list[list]:
+    """The misclassified images of the most probable predictions: [index, true class, predicted
+    class, probability], the most probable first. log_probs: (N, 6), labels: (N,), on the CPU."""
+    probabilities, predicted = log_probs.exp().max(1)
+    wrong = (predicted != labels).nonzero()[:, 0]
+    order = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:count]
+    columns = order, labels[order], predicted[order], probabilities[order]
+    return [[i, a, b, round(p, 4)] for i, a, b, p in zip(*(column.tolist() for column in columns))]
+
+
 def shifted_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
     """Accuracies on images shifted by 0, 1, ... MAX_SHIFT pixels, each the mean over up, down, left
     and right."""
@@ -252,6 +270,27 @@ def size_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
             correct += (script.predict(model, x).argmax(1) == y).sum().item()
         accuracies[str(size)] = correct / len(labels)
     return accuracies
+
+
+# ----------------------------------------------------------------------------------------------
+# thumbnails: the few photographs that the figures show, beside each other in one PNG file
+
+SHOWN = 1469  # the test image, a mountain, that is also shown scrambled
+THUMBNAILS = utils.ROOT / "figures" / "thumbnails.png"
+
+
+def save_thumbnails(path: Path, records: Records, data: utils.Landscapes) -> None:
+    """Write the test images of the shipped network's confident errors and, last, SHOWN."""
+    [*_, shipped] = records[BEST_RESNET]
+    indices = [row[0] for row in shipped["analysis"]["confident_errors"]] + [SHOWN]
+    sheet = data.splits["test"][0][indices].permute(2, 0, 3, 1).flatten(1, 2)  # (48, N * 48, 3)
+    utils.write_file(path, lambda file: Image.fromarray(sheet.numpy()).save(file))
+
+
+def load_thumbnails() -> Tensor:
+    """The images of THUMBNAILS, uint8 (N, 48, 48, 3)."""
+    with Image.open(THUMBNAILS) as image:
+        return torch.from_numpy(np.array(image)).unflatten(1, (-1, utils.SIZE)).transpose(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -587,14 +626,8 @@ def draw_overfitting(records: Records) -> Figure | None:
 
 def forest_rows(records: Records) -> list[tuple]:
     """The rows of common.plot_forest: the original's accuracies, ordered and scrambled runs."""
-    networks = {
-        "plain, rate 0.1": "plain, rate 0.1, scrambled",
-        PLAIN: "plain, scrambled",
-        "plain, rate 0.001": "plain, rate 0.001, scrambled",
-        VARIANT: "batch norm + pooling, scrambled",
-    }
     rows = []
-    for ordered, scrambled in networks.items():
+    for ordered, scrambled in zip((*RATES, VARIANT), SCRAMBLED):
         for i, split in enumerate(("val", "test")):
             points = []
             for label, color, name in (
@@ -609,22 +642,27 @@ def forest_rows(records: Records) -> list[tuple]:
     return rows
 
 
-def draw_scrambled(records: Records) -> Figure:
-    """An image in order and scrambled, and validation accuracies with both orders."""
-    fig, grid = utils.new_figure(5.0, 5.2, 2, 2, height_ratios=(1, 1.5))
-    image = torch.from_numpy(sample.draw_landscape("mountain", np.random.default_rng(1)))
-    scrambled = script.scramble_pixels(image.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
-    for axes, pixels, title in zip(grid[0], (image, scrambled), ("an image", "scrambled")):
-        axes.imshow(pixels.numpy(), interpolation="nearest")
+def show_scrambled(panels: Iterable[Axes]) -> None:
+    """Show a photograph, and the same one scrambled, in two panels."""
+    image = load_thumbnails()[-1:].permute(0, 3, 1, 2)
+    versions = {"a photograph": image, "the same, scrambled": script.scramble_pixels(image)}
+    for axes, (title, version) in zip(panels, versions.items()):
+        axes.imshow(version[0].permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
-    below = fig.add_subplot(grid[1, 0].get_gridspec()[1, :])
-    for axes in grid[1]:
-        axes.remove()
-    for label in SCRAMBLED:
-        common.plot_experiment(below, records[label], "val_accuracy", label, **LINE_STYLES[label])
-    below.set(xlabel="Epoch", ylabel="Validation accuracy")
-    common.legend_above(fig, below)
+
+
+def draw_confident_errors(records: list[Record]) -> Figure | None:
+    """The most confident errors of the shipped network, with true and predicted class."""
+    errors = scored(records)[-1]["analysis"].get("confident_errors") if scored(records) else None
+    if not errors:
+        return None
+    fig, grid = utils.new_figure(5.6, 4.6, 4, 6)
+    for axes, image, (_, true, guess, probability) in zip(grid.flat, load_thumbnails(), errors):
+        axes.imshow(image.numpy(), interpolation="nearest")
+        axes.axis("off")
+        names = utils.CLASSES[true], utils.CLASSES[guess]
+        axes.set_title(f"{names[0]}\n{names[1]}, {probability:.2f}", fontsize=7)
     return fig
 
 
