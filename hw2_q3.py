@@ -13,15 +13,15 @@ model | symbols | decoding | scores | training | testing | spelling | options | 
 """
 
 import contextlib
-import fileinput
 import itertools
 import math
+import operator
 import os
+import re
 import sys
 import time
-import unicodedata
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import utils
-from data import sample
+from data import notation, sample
 from data.lexicon import Lexicon, load_lexicon
 from utils import Pronunciations, Run, UserError
 
@@ -958,6 +958,19 @@ def plot_attention(args: Namespace, record: dict[str, Any]) -> Any:
 # spelling
 
 
+class Candidate(NamedTuple):
+    """A spelling of some words. Candidates of different words are added field by field."""
+
+    readings: tuple[str, ...]  # each word as it was read
+    spellings: tuple[str, ...]
+    log_prob: float
+    cut_off: int  # the number of words that reached --max_len
+
+    def rank(self) -> tuple:
+        """The key that sorts the best first, and what was cut off last."""
+        return self.cut_off > 0, -self.log_prob
+
+
 def spell(args: Namespace) -> None:
     """Spell the IPA of the arguments, of --input, of standard input, or typed at a prompt."""
     device = utils.prepare_device(args.device, args.threads or 1)
@@ -970,14 +983,21 @@ def spell(args: Namespace) -> None:
     if args.ipa:
         batches = iter([args.ipa])
     elif args.input is not None or not sys.stdin.isatty():
-        batches = read_lines("-" if args.input is None else args.input)
+        batches = notation.read_lines("-" if args.input is None else args.input)
     else:
-        batches = prompt_lines("word" if is_g2p(args) else "IPA")
+        batches = notation.prompt_lines("word" if is_g2p(args) else "IPA")
     first = next(batches, [])  # an unreadable file ends the command here, before anything else
     print(f"Model: {description}", file=sys.stderr)
-    generator = make_generator(args, device)
-    for lines in itertools.chain([first], batches):
-        spell_lines(lines, speller, args, generator)
+    read = notation.make_reader(speller.source.stoi, speller.source.spaced)
+    words, line = len(args.ipa), " ".join(args.ipa)
+    if 1 < words == len(line.split()) and len(read(line).words) == 1:
+        hint = f'Read as {words} words, one per argument; one word is quoted: spell "{line}"'
+        print(utils.printable(hint), file=sys.stderr)
+    answers = answer_lines(itertools.chain([first], batches), read, speller, args)
+    notation.print_answers(answers, args.json)
+
+
+PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
 
 
 def choose_speller(args: Namespace, device: torch.device) -> tuple[Speller, str]:
@@ -1006,91 +1026,69 @@ def choose_speller(args: Namespace, device: torch.device) -> tuple[Speller, str]
     return speller, f"{path} (trained on {words}, {error})"
 
 
-def prompt_lines(what: str) -> Iterator[list[str]]:
-    """Lines typed at a prompt until an empty one, each by itself."""
-    yield []  # the prompt follows the model's description
-    with contextlib.suppress(EOFError):
-        while line := input(f"{what} (empty line to end)> "):
-            yield [line]
+def answer_lines(
+    batches: Iterable[list[str]], read: Callable, speller: Speller, args: Namespace
+) -> Iterator[dict[str, Any]]:
+    """The answer to each line, as `describe` gives it; the lines of a batch are decoded together.
+    What could not be read is named on standard error."""
+    unit, numbers = "argument" if args.ipa else "line", itertools.count(1)
+    generator = make_generator(args, next(speller.model.parameters()).device)
+    for texts in (list(map(read, lines)) for lines in batches):
+        readings = [reading for text in texts for word in text.words for reading in word]
+        rows = iter(decode(readings, speller, args, generator) if readings else [])
+        for text, number in zip(texts, numbers):
+            for note in text.notes:
+                print(utils.printable(f"{unit} {number}: {note}"), file=sys.stderr)
+            yield describe(text, choose_candidates(text, rows, speller, args.max_len), args)
 
 
-def read_lines(path: Path | str, batch_size: int = 1000) -> Iterator[list[str]]:
-    """The lines of a file, or of standard input if `path` is -, in lists of at most `batch_size`,
-    so memory does not grow with the file. Raises UserError."""
-    try:
-        with fileinput.FileInput(path, encoding="utf-8-sig") as file:
-            while lines := list(itertools.islice(file, batch_size)):
-                yield lines
-    except (OSError, UnicodeDecodeError) as error:
-        name = "standard input" if path == "-" else path
-        raise UserError(f"{name}: cannot be read ({utils.one_line(error)})")
-
-
-def spell_lines(
-    lines: list[str], speller: Speller, args: Namespace, generator: torch.Generator
-) -> None:
-    """Print IPA, TAB, spelling, TAB, log-probability: a line for each candidate, the most probable
-    first. With --direction g2p, written words come first and IPA second."""
-    source, max_len = speller.source, args.max_len
-    texts = [unicodedata.normalize("NFC", line).strip() for line in lines]
-    if any(len(text) > utils.MAX_SYMBOLS for text in texts):
-        raise UserError(f"a word of more than {utils.MAX_SYMBOLS:,} characters")
-    words = [tuple(to_phonemes(text, source)) for text in texts if text]
-    if not words:
-        return
-    unknown = sorted({symbol for word in words for symbol in word} - source.stoi.keys())
-    if unknown:
-        kind = "phonemes" if source.spaced else "letters"
-        print(f"Unknown {kind}: {' '.join(unknown)}", file=sys.stderr)
-    pairs = speller.encode([(word, "") for word in words])
+def decode(
+    readings: list[tuple], speller: Speller, args: Namespace, generator: torch.Generator
+) -> list[list[tuple]]:
+    """Candidates (spelling, log-probability) of words, by the decoding that was asked for."""
+    pairs = speller.encode([(reading, "") for reading in readings])
     if args.beam_size:
-        candidates = speller.beam(pairs, args.beam_size, max_len)
-    elif args.nucleus:
-        candidates = speller.sample(pairs, args.topp, args.k, generator, max_len)
-    else:
-        candidates = speller.greedy(pairs, max_len)
-    for word, row in zip(words, candidates):
-        distinct = dict(row)  # a spelling drawn twice is printed once
-        for spelling, log_prob in sorted(distinct.items(), key=lambda item: -item[1]):
-            print(f"{source.join(word)}\t{spelling}\t{log_prob:.3f}", flush=True)
+        return speller.beam(pairs, args.beam_size, args.max_len)
+    if args.nucleus:
+        return speller.sample(pairs, args.topp, args.k, generator, args.max_len)
+    return speller.greedy(pairs, args.max_len)
 
 
-PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
-# Signs that IPA is written with and a model need not know: delimiters, stress, syllables, links and
-# tie bars; and signs that stand for others.
-IGNORED = set("/[]ˈˌ'’.·‿-–|\u0361\u035c")
-LOOKALIKES = {
-    "g": "ɡ", ":": "ː", "\u035c": "\u0361", "ʧ": "t͡ʃ", "ʤ": "d͡ʒ", "ʦ": "t͡s", "ʣ": "d͡z", "ʨ": "t͡ɕ",
-    "ʥ": "d͡ʑ", "tʃ": "t͡ʃ", "dʒ": "d͡ʒ",
-}  # fmt: skip
+def choose_candidates(
+    text: notation.Text, rows: Iterator[list[tuple]], speller: Speller, max_len: int
+) -> list[Candidate]:
+    """A text's candidates, best first, from the next of `rows`, one for each reading of each word.
+    After each word the best are kept: as many as a row has, and at least one per reading."""
+    best = []
+    for word in text.words:
+        found = []
+        for reading, row in zip(word, rows):
+            for spelling, log_prob in row:
+                cut_off = len(speller.target.split(spelling)) == max_len  # no place for END
+                read = speller.source.join(reading)
+                found.append(Candidate((read,), (spelling,), log_prob, cut_off))
+        pairs = itertools.product(best or [Candidate((), (), 0.0, 0)], found)
+        joined = [Candidate(*map(operator.add, *pair)) for pair in pairs]
+        joined.sort(key=Candidate.rank, reverse=True)
+        distinct = {candidate.spellings: candidate for candidate in joined}  # the best of equals
+        count = max(len(best), len(word), len(row))
+        best = sorted(distinct.values(), key=Candidate.rank)[:count]
+    return best
 
 
-def to_phonemes(text: str, vocabulary: Vocabulary) -> list[str]:
-    """The symbols of a text. IPA in another notation than the vocabulary's is read too: joined
-    phonemes, /delimiters/, stress and syllable marks, look-alikes such as g, and ARPAbet."""
-    tokens, known = vocabulary.split(text), vocabulary.stoi.keys()
-    if not vocabulary.spaced or known >= set(tokens):
-        return tokens
-    if all(token.rstrip("012") in sample.IPA for token in tokens):
-        tokens = map(sample.to_ipa, tokens)
-    return [phoneme for token in tokens for phoneme in segment(token, known)]
-
-
-def segment(token: str, known: Set[str]) -> list[str]:
-    """The phonemes of a token, by longest match; what matches none is a symbol of its own."""
-    if token in known:
-        return [token]
-    for sign, phoneme in LOOKALIKES.items():
-        if sign not in known:
-            token = token.replace(sign, phoneme)
-    phonemes, longest = [], max(map(len, known), default=1)
-    while token:
-        sizes = range(min(longest, len(token)), 0, -1)
-        size = next((n for n in sizes if token[:n] in known), 1)
-        if token[:size] in known or token[:size] not in IGNORED:
-            phonemes.append(token[:size])
-        token = token[size:]
-    return phonemes
+def describe(text: notation.Text, candidates: list[Candidate], args: Namespace) -> dict[str, Any]:
+    """An answer, {input, phonemes, candidates: [{phonemes, spelling, log_probability}]}, with notes
+    if there are any. `phonemes` are the best candidate's. g2p: letters, and phonemes for them."""
+    sides, gaps, unit = ("phonemes", "spelling"), (" # ", " "), "characters"
+    if is_g2p(args):
+        sides, gaps, unit = ("letters", "phonemes"), (" ", " # "), "phonemes"
+    rows = []
+    for *words, log_prob, cut_off in candidates:
+        row = {side: gap.join(symbols) for side, gap, symbols in zip(sides, gaps, words)}
+        row["log_probability"] = round(log_prob, 3)
+        rows.append(row | ({"note": f"cut off at {args.max_len} {unit}"} if cut_off else {}))
+    answer = {"input": text.line, sides[0]: rows[0][sides[0]] if rows else "", "candidates": rows}
+    return answer | ({"note": "; ".join(text.notes)} if text.notes else {})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1099,8 +1097,8 @@ def segment(token: str, known: Set[str]) -> list[str]:
 DASH = "--"
 DECODING_OPTIONS = "nucleus", "topp", "k", "beam_size", "lexicon", "max_len"
 RUNTIME_OPTIONS = (  # where and how a run is made: they do not identify it
-    "mode", "ipa", "input", "device", "threads", "jobs", "scheduler", "restart", "data_dir",
-    "output_dir", "checkpoint_name",
+    "mode", "ipa", "input", "json", "device", "threads", "jobs", "scheduler", "restart",
+    "data_dir", "output_dir", "checkpoint_name",
 )  # fmt: skip
 PRESETS = {
     "report": {},
@@ -1114,6 +1112,10 @@ PRESETS = {
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """The command line. Raises UserError."""
+    argv = sys.argv[1:] if argv is None else argv
+    for word in itertools.takewhile(lambda word: word != "--", argv):
+        if "spell" in argv and word != "-h" and re.fullmatch(r"-[^-\d.\s]\S*", word):
+            raise UserError(f'no option {word}; IPA that begins with a dash: spell -- "{word}"')
     args = utils.parse_with_presets(make_parser, PRESETS, argv)
     validate_args(args)
     return args
@@ -1128,7 +1130,7 @@ def make_parser() -> utils.Parser:
         help="train: only train; test: only test a trained model; spell: spell IPA "
         "(default: train, then test)")
     parser.add_argument("ipa", nargs="*", metavar="IPA",
-        help="for spell: a word's phonemes, separated by spaces, in quotation marks")
+        help="for spell: IPA or ARPAbet of one or several words, in quotation marks")
     add_training_options(parser.add_argument_group("training").add_argument)
     add_model_options(parser.add_argument_group("model").add_argument)
     add_decoding_options(parser.add_argument_group("decoding").add_argument)
@@ -1190,7 +1192,8 @@ def add_decoding_options(add: Callable) -> None:
     add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN,
         help="maximum length of a spelling (default: %(default)s)")
     add("--input", metavar="FILE",
-        help="for spell: a file with one word's IPA on each line, or - for standard input")
+        help="for spell: a file with IPA on each line, or - for standard input")
+    add("--json", action="store_true", help="for spell: print the answers as JSON")
 # fmt: on
 
 
@@ -1211,8 +1214,8 @@ def validate_args(args: Namespace) -> None:
         raise UserError("--hidden_size must be even: each direction of the encoder has half of it")
     if args.input_feeding and not args.use_attn:
         raise UserError("--input_feeding needs --use_attn: it feeds the attentional vector")
-    if args.mode != "spell" and (args.ipa or args.input):
-        raise UserError("IPA and --input need the mode spell: python hw2_q3.py spell ...")
+    if args.mode != "spell" and (args.ipa or args.input or args.json):
+        raise UserError("IPA, --input and --json need the mode spell: python hw2_q3.py spell ...")
     if args.ipa and args.input:
         raise UserError("give IPA either as arguments or by --input")
     lists = [name for name in ("lr", "seed") if isinstance(getattr(args, name), list)]
