@@ -120,6 +120,7 @@ MAX_OPTIONAL = 4  # brackets, so at most 16 readings of a word
 QUOTED = re.compile(r"(?<!\w)(?:/[^/]+/|\[[^]]+\])(?!\w)")  # a dictionary's IPA among words
 GAP = re.compile(r"\s{2,}|\t")  # between words
 STRESS = re.compile(rf"['’](?=[^\W{VOWELS}])")  # before a vowel, or last, it may mark an ejective
+AFFRICATE = re.compile(r"(?<!\S)(t|d) (ʃ|ʒ)(?!\S)")  # one sound, as it is where they are joined
 TIED_VOWELS = re.compile(rf"[{VOWELS}]\u0361")
 
 
@@ -179,6 +180,7 @@ class PhonemeReader:
 
     def _words(self, text: str) -> list[list[str]]:
         """The words of a text without wide gaps, each a list of tokens."""
+        text = AFFRICATE.sub(r"\1\2", text)
         tokens = text.split()
         if self.exact.keys() >= set(tokens):
             return [tokens]

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -734,29 +735,112 @@ def test_spelling_arguments_files_standard_input_and_at_a_prompt(spell, tmp_path
     rows, errors = spell("C A B", "D A D")
     assert [row[0] for row in rows] == ["C A B", "D A D"]
     assert "trained on your words, validation CER" in errors
-    assert "Unknown" not in errors
-    (tmp_path / "ipa.txt").write_text("\ufeffC A B\r\n\nD A D", encoding="utf-8")
-    assert spell("--input", tmp_path / "ipa.txt")[0] == rows
     assert spell("CAB", "DAD")[0] == rows  # without spaces
-    cases = ([], False, ""), (["--input", "-"], False, ""), ([], True, ""), ([], True, "\n")
-    for argv, is_prompt, end in cases:
+    content = b"\xef\xbb\xbfC A B\r\n\r\nD A D"
+    (tmp_path / "ipa.txt").write_bytes(content)
+    assert spell("--input", tmp_path / "ipa.txt")[0] == [rows[0], [""], rows[1]]
+    for argv in ([], ["--input", "-"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert spell(*argv)[0] == [rows[0], [""], rows[1]]
+    for end in ("", "\n"):
         stdin = io.StringIO(f"C A B\nD A D\n{end}")
-        stdin.isatty = lambda is_prompt=is_prompt: is_prompt
+        stdin.isatty = lambda: True
         monkeypatch.setattr(sys, "stdin", stdin)
-        answers = [[row[0].rpartition("> ")[2], *row[1:]] for row in spell(*argv)[0]]
+        answers = [[row[0].rpartition("> ")[2], *row[1:]] for row in spell()[0]]
         assert answers[:2] == rows
 
 
 def test_spelling_through_a_pipe(finished):
-    """A byte order mark, bytes that are no text, a locale that is not UTF-8."""
+    """An answer to each line before the next is written, whatever the locale and the bytes."""
     command = sys.executable, "hw2_q3.py", "spell", "--output_dir", str(finished[0])
     how = {"cwd": utils.ROOT, "env": os.environ | {"PYTHONIOENCODING": "latin-1"}}
-    text = b"\xef\xbb\xbfC A B\nC \xc3\xa6 \xff\n"
-    done = subprocess.run(command, input=text, capture_output=True, check=True, **how)
-    first, second = done.stdout.decode().splitlines()
-    assert first.startswith("C A B\t")
-    assert second.startswith("C æ \\ x f f\t")
-    assert "Unknown phonemes: \\ f x æ" in done.stderr.decode()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, **how) as process:
+        guard = threading.Timer(300, process.kill)  # or a lost answer would stop the tests
+        guard.start()
+        answers = []
+        for line in (b"\xef\xbb\xbfC A B\n", b"C \xc3\xa6 \xff\n", b"\n", b"C \xc3\xa6\r\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            answers.append(process.stdout.readline().decode())
+        rest, errors = process.communicate(b"D A D\nF A D")
+        guard.cancel()
+    fields = [line.rstrip("\n").split("\t") for line in answers + rest.decode().splitlines()]
+    assert [row[0] for row in fields] == ["C A B", "", "", "C æ", "D A D", "F A D"]
+    assert fields[1] == ["", "", "", "not UTF-8"]
+    assert fields[3][3] == 'no phoneme for "æ"'
+    assert [len(row) for row in fields] == [3, 4, 1, 4, 3, 3]
+    assert errors.decode().splitlines()[1:] == ["line 2: not UTF-8", 'line 4: no phoneme for "æ"']
+    assert process.returncode == 0
+
+
+def test_words_of_one_line_are_spelled_one_by_one(spell):
+    """Their candidates are the best sums of log-probabilities."""
+    first, second, both = ("C A B", "D A D", "C A B # D A D")
+    ((read, spelling, _),) = spell(both)[0]
+    words = [spell(word)[0][0][1] for word in (first, second)]
+    assert (read, spelling) == (both, " ".join(words))
+    assert spell("CAB  DAD")[0] == spell(both)[0]
+    rows, _ = spell(both, "--beam_size", 4)
+    pairs = itertools.product(*(spell(word, "--beam_size", 4)[0] for word in (first, second)))
+    sums = {f"{a[1]} {b[1]}": float(a[2]) + float(b[2]) for a, b in pairs}
+    assert len(rows) == 4
+    assert [sums[row[1]] for row in rows] == sorted(sums.values(), reverse=True)[:4]
+    assert all(float(row[2]) == pytest.approx(sums[row[1]], abs=0.002) for row in rows)
+
+
+def test_optional_sounds_are_tried_with_and_without(spell):
+    """The best of both: as many as of one, and each spelling once."""
+    rows, _ = spell("C A (B)", "--beam_size", 6)
+    both = spell("C A B", "C A", "--beam_size", 6)[0]
+    best = {row[1]: row for row in sorted(both, key=lambda row: float(row[2]))}
+    assert rows == sorted(best.values(), key=lambda row: -float(row[2]))[:6]
+    assert {row[0] for row in rows} == {"C A B", "C A"}
+
+
+def test_what_was_cut_off_is_marked_and_comes_last(spell):
+    for line, max_len in (("C A B", 2), ("C A B # D A D", 1)):
+        rows, _ = spell(line, "--beam_size", 20, "--max_len", max_len)
+        is_cut = [max(map(len, row[1].split(" "))) == max_len for row in rows]
+        assert is_cut == sorted(is_cut)
+        assert set(is_cut) == {False, True}
+        for row, cut in zip(rows, is_cut):
+            assert row[3:] == [f"cut off at {max_len} characters"] * cut
+    assert spell("C æ B", "--max_len", 1)[0][0][3] == 'no phoneme for "æ"; cut off at 1 characters'
+
+
+def test_answers_line_up_with_inputs(spell):
+    """An input that cannot be spelled does not stop the others."""
+    rows, errors = spell("CAB", "", "A " * 600, "//", "D\tA", "DAD")
+    assert [row[0] for row in rows] == ["C A B", "", "", "", "D # A", "D A D"]
+    assert [row[3:] for row in rows[2:4]] == [["longer than 1,000 characters"], ["no phonemes"]]
+    assert "argument 3: longer than 1,000 characters\nargument 4: no phonemes\n" in errors
+
+
+def test_answers_as_json(finished):
+    argv = "C A (B)", "x\t\x9b", "", "--beam_size", 2, "--json"
+    output, _ = main("spell --device cpu --output_dir", finished[0], *argv)
+    assert output.replace("\n", "").isprintable()
+    first, unknown, blank = json.loads(output)
+    assert first.keys() == {"input", "phonemes", "candidates"}
+    assert first["input"] == "C A (B)"
+    assert [row.keys() for row in first["candidates"]] == [
+        {"phonemes", "spelling", "log_probability"}
+    ] * 2
+    assert first["phonemes"] == first["candidates"][0]["phonemes"]
+    assert (unknown["input"], unknown["note"]) == ("x\t\x9b", 'no phoneme for "x", "\x9b"')
+    assert blank == {"input": "", "phonemes": "", "candidates": []}
+
+
+def test_arguments_without_quotation_marks_and_with_a_dash(spell, fails):
+    rows, errors = spell("C", "A", "B")
+    assert [row[0] for row in rows] == ["C", "A", "B"]
+    assert 'Read as 3 words, one per argument; one word is quoted: spell "C A B"' in errors
+    for argv in (["CAB"], ["C A", "B"]):
+        assert "quoted" not in spell(*argv)[1]
+    assert spell("--", "-C A B-", "-DAD")[0] == spell("C A B", "D A D")[0]
+    for word in ("-ɪŋ", "-hʊd", "-CA"):
+        assert f'spell -- "{word}"' in fails(hw2_q3.main, ["spell", "CAB", word])
 
 
 def test_candidates_have_log_probabilities_and_are_sorted(spell):
@@ -795,41 +879,14 @@ def test_pronouncing_written_words(run, out, copied):
     answers, errors = main("spell dad dqd --device cpu --direction g2p --output_dir", out)
     assert answers.startswith(f"dad\t{predicted[0]}\t")
     assert f"{path.stem}.pt (trained on your words, validation PER" in errors
-    assert "Unknown letters: q" in errors
+    assert 'argument 2: no letter for "q"' in errors
+    both, _ = main(
+        "spell --device cpu --direction g2p --json --output_dir", out, f"Dad, {TRUE[1]}!"
+    )
+    (answer,) = json.loads(both)
+    assert answer["letters"] == f"dad {TRUE[1]}"
+    assert [row["phonemes"] for row in answer["candidates"]] == [" # ".join(predicted[:2])]
     assert path.stem not in main("spell --device cpu --output_dir", out, "D A D")[1]
-
-
-def test_input_that_cannot_be_spelled(spell, tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"\xff\xfe")
-    for name in ("none.txt", "x.txt"):
-        with pytest.raises(utils.UserError, match=f"{name}: cannot be read"):
-            spell("--input", tmp_path / name)
-    with pytest.raises(utils.UserError, match="more than 1,000 characters"):
-        spell("A " * 600)
-
-
-NOTATIONS = {  # of one word's phonemes
-    "clean": "t͡ʃ ɜː t͡ʃ g oʊ", "joined": "t͡ʃɜːt͡ʃgoʊ", "between slashes": "/t͡ʃɜːt͡ʃgoʊ/",
-    "in brackets": "[t͡ʃɜːt͡ʃgoʊ]", "stress": "ˈt͡ʃ ɜː t͡ʃ g oʊ", "syllables": "ˈt͡ʃɜː.t͡ʃ.ˌgoʊ",
-    "no tie bars": "tʃ ɜː tʃ g oʊ", "tie bars below": "t͜ʃɜːt͜ʃgoʊ", "ligatures": "ʧɜːʧgoʊ",
-    "colon": "t͡ʃ ɜ: t͡ʃ g oʊ", "IPA's g": "t͡ʃ ɜː t͡ʃ ɡ oʊ", "diphthong": "t͡ʃ ɜː t͡ʃ ɡ o ʊ",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("text", NOTATIONS.values(), ids=NOTATIONS)
-def test_ipa_in_other_notations(text):
-    phonemes = hw2_q3.Vocabulary.of([("t", "ʃ", "t͡ʃ", "ɜ", "ɜː", "ɡ", "o", "ʊ")], spaced=True)
-    assert hw2_q3.to_phonemes(text, phonemes) == ["t͡ʃ", "ɜː", "t͡ʃ", "ɡ", "o", "ʊ"]
-
-
-def test_arpabet_known_and_unknown_symbols():
-    phonemes = hw2_q3.Vocabulary.of([("h", "ə", "ʌ", "l", "o", "ʊ", "t͜ʃ", "ˈ")], spaced=True)
-    assert hw2_q3.to_phonemes("HH AH0 L OW1", phonemes) == ["h", "ə", "l", "o", "ʊ"]
-    assert hw2_q3.to_phonemes("HH AH1", phonemes) == ["h", "ʌ"]
-    assert hw2_q3.to_phonemes("t͜ʃ ˈ ə", phonemes) == ["t͜ʃ", "ˈ", "ə"]  # as the model knows them
-    assert hw2_q3.to_phonemes("hʘə X", phonemes) == ["h", "ʘ", "ə", "X"]
-    capitals = hw2_q3.Vocabulary.of([("K", "D")], spaced=True)
-    assert hw2_q3.to_phonemes("K D", capitals) == ["K", "D"]  # no ARPAbet
 
 
 def test_the_best_speller_is_chosen(copied, out, words):
