@@ -957,6 +957,8 @@ def plot_attention(args: Namespace, record: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------
 # spelling
 
+PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
+
 
 class Candidate(NamedTuple):
     """A spelling of some words. Candidates of different words are added field by field."""
@@ -965,10 +967,6 @@ class Candidate(NamedTuple):
     spellings: tuple[str, ...]
     log_prob: float
     cut_off: int  # the number of words that reached --max_len
-
-    def rank(self) -> tuple:
-        """The key that sorts the best first, and what was cut off last."""
-        return self.cut_off > 0, -self.log_prob
 
 
 def spell(args: Namespace) -> None:
@@ -989,15 +987,11 @@ def spell(args: Namespace) -> None:
     first = next(batches, [])  # an unreadable file ends the command here, before anything else
     print(f"Model: {description}", file=sys.stderr)
     read = notation.make_reader(speller.source.stoi, speller.source.spaced)
-    words, line = len(args.ipa), " ".join(args.ipa)
-    if 1 < words == len(line.split()) and len(read(line).words) == 1:
-        hint = f'Read as {words} words, one per argument; one word is quoted: spell "{line}"'
-        print(utils.printable(hint), file=sys.stderr)
+    line = " ".join(args.ipa)
+    if 1 < len(args.ipa) == len(line.split()) and len(read(line).words) == 1:
+        print(utils.printable(f'Read as words; quote a word: spell "{line}"'), file=sys.stderr)
     answers = answer_lines(itertools.chain([first], batches), read, speller, args)
     notation.print_answers(answers, args.json)
-
-
-PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
 
 
 def choose_speller(args: Namespace, device: torch.device) -> tuple[Speller, str]:
@@ -1037,8 +1031,8 @@ def answer_lines(
         readings = [reading for text in texts for word in text.words for reading in word]
         rows = iter(decode(readings, speller, args, generator) if readings else [])
         for text, number in zip(texts, numbers):
-            for note in text.notes:
-                print(utils.printable(f"{unit} {number}: {note}"), file=sys.stderr)
+            if text.note:
+                print(utils.printable(f"{unit} {number}: {text.note}"), file=sys.stderr)
             yield describe(text, choose_candidates(text, rows, speller, args.max_len), args)
 
 
@@ -1057,28 +1051,31 @@ def decode(
 def choose_candidates(
     text: notation.Text, rows: Iterator[list[tuple]], speller: Speller, max_len: int
 ) -> list[Candidate]:
-    """A text's candidates, best first, from the next of `rows`, one for each reading of each word.
-    After each word the best are kept: as many as a row has, and at least one per reading."""
-    best = []
+    """The best candidates of a text, from the next of `rows`, one for each reading of each word."""
+    join, split, best = speller.source.join, speller.target.split, [Candidate((), (), 0.0, 0)]
     for word in text.words:
-        found = []
-        for reading, row in zip(word, rows):
-            for spelling, log_prob in row:
-                cut_off = len(speller.target.split(spelling)) == max_len  # no place for END
-                read = speller.source.join(reading)
-                found.append(Candidate((read,), (spelling,), log_prob, cut_off))
-        pairs = itertools.product(best or [Candidate((), (), 0.0, 0)], found)
-        joined = [Candidate(*map(operator.add, *pair)) for pair in pairs]
-        joined.sort(key=Candidate.rank, reverse=True)
-        distinct = {candidate.spellings: candidate for candidate in joined}  # the best of equals
-        count = max(len(best), len(word), len(row))
-        best = sorted(distinct.values(), key=Candidate.rank)[:count]
-    return best
+        found = [  # a spelling of max_len symbols has no END
+            Candidate((join(reading),), (spelling,), log_prob, len(split(spelling)) == max_len)
+            for reading, row in zip(word, rows)
+            for spelling, log_prob in row
+        ]
+        found = best_of(found, max(len(word), len(found) // len(word)))
+        sums = (Candidate(*map(operator.add, a, b)) for a, b in itertools.product(best, found))
+        best = best_of(sums, max(len(best), len(found)))
+    return best if text.words else []
+
+
+def best_of(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
+    """The best candidates, what was cut off last, and each spelling once."""
+    distinct = {}
+    for candidate in sorted(candidates, key=lambda c: (c.cut_off > 0, -c.log_prob)):
+        distinct.setdefault(candidate.spellings, candidate)
+    return list(distinct.values())[:count]
 
 
 def describe(text: notation.Text, candidates: list[Candidate], args: Namespace) -> dict[str, Any]:
     """An answer, {input, phonemes, candidates: [{phonemes, spelling, log_probability}]}, with notes
-    if there are any. `phonemes` are the best candidate's. g2p: letters, and phonemes for them."""
+    if there are any. The first phonemes are the best candidate's. g2p: letters and phonemes."""
     sides, gaps, unit = ("phonemes", "spelling"), (" # ", " "), "characters"
     if is_g2p(args):
         sides, gaps, unit = ("letters", "phonemes"), (" ", " # "), "phonemes"
@@ -1088,7 +1085,7 @@ def describe(text: notation.Text, candidates: list[Candidate], args: Namespace) 
         row["log_probability"] = round(log_prob, 3)
         rows.append(row | ({"note": f"cut off at {args.max_len} {unit}"} if cut_off else {}))
     answer = {"input": text.line, sides[0]: rows[0][sides[0]] if rows else "", "candidates": rows}
-    return answer | ({"note": "; ".join(text.notes)} if text.notes else {})
+    return answer | ({"note": text.note} if text.note else {})
 
 
 # ----------------------------------------------------------------------------------------------

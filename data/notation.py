@@ -33,7 +33,7 @@ class Text(NamedTuple):
 
     line: str
     words: list[list[tuple[str, ...]]]  # each word's readings: several if it has optional sounds
-    notes: list[str]  # on what could not be read
+    note: str  # on what could not be read, or ""
 
 
 def make_reader(known: Iterable[str], is_ipa: bool) -> Callable[[str], Text]:
@@ -45,14 +45,14 @@ def make_reader(known: Iterable[str], is_ipa: bool) -> Callable[[str], Text]:
     def read_line(line):
         line = line.strip()
         if len(line) > MAX_SYMBOLS:
-            return Text(line, [], [f"longer than {MAX_SYMBOLS:,} characters"])
+            return Text(line, [], f"longer than {MAX_SYMBOLS:,} characters")
         if any(unicodedata.category(c) == "Cs" for c in line):
-            return Text(line, [], ["not UTF-8"])
+            return Text(line, [], "not UTF-8")
         words, unknown = read(line)
         if line and not words:
-            return Text(line, [], [f"no {kind}s"])
+            return Text(line, [], f"no {kind}s")
         signs = ", ".join(f'"{sign}"' for sign in unknown)
-        return Text(line, words, [f"no {kind} for {signs}"] if unknown else [])
+        return Text(line, words, f"no {kind} for {signs}" if unknown else "")
 
     return read_line
 
@@ -189,7 +189,7 @@ class PhonemeReader:
         for sign, sound in OPTIONAL.items():
             text = text if sign in self.exact else text.replace(sign, sound)
         text = text if "'" in self.exact else STRESS.sub("ˈ", text)
-        return split_words([token.rstrip("?") for token in text.split()])
+        return split_words([t.rstrip("?") for t in text.split() if t.strip(IGNORED)])
 
     def _segment(self, tokens: list[str]) -> tuple[tuple[str, ...], list[str]]:
         """The phonemes of tokens, by longest match, and what matches none. Of that, letters stay

@@ -59,7 +59,7 @@ READINGS = {
     "bæt n̩ kæt": "b æ t # n̩ # k æ t", "ˈkæt ˈʃiːz": "k æ t # ʃ iː z",
     "n ɔː θ  k æ t": "n ɔː θ # k æ t", "n ɔː θ # kæt": "n ɔː θ # k æ t",
     "n ɔː | kæt‖": "n ɔː # k æ t", "kæt#kæt": "k æ t # k æ t", "n ɔː\tk æ t": "n ɔː # k æ t",
-    "/n ɔː/ or /n ɒ/": "n ɔː # n ɒ",
+    "/n ɔː/ or /n ɒ/": "n ɔː # n ɒ", "kæt — ɒn": "k æ t # ɒ n",
     # Optional sounds.
     "kɑː(ɹ)": "k ɑː ɹ | k ɑː", "k ɑː (r)": "k ɑː ɹ | k ɑː", "/kɑːʳ/": "k ɑː ɹ | k ɑː",
     "(h)(w)ɪ": "h w ɪ | h ɪ | w ɪ | ɪ", "wɪ(tʃ) kæ(t)": "w ɪ t͡ʃ | w ɪ # k æ t | k æ",
@@ -113,7 +113,7 @@ NOTED = {
 def test_what_cannot_be_read_is_named(text, expected):
     words, note = expected
     assert read(text) == words
-    assert notation.make_reader(KNOWN, is_ipa=True)(text).notes == [note]
+    assert notation.make_reader(KNOWN, is_ipa=True)(text).note == note
 
 
 WRITTEN = {  # words of letters, separated by spaces, and the note
@@ -126,7 +126,7 @@ WRITTEN = {  # words of letters, separated by spaces, and the note
 @pytest.mark.parametrize(("text", "expected"), WRITTEN.items(), ids=WRITTEN)
 def test_written_words(text, expected):
     text = notation.make_reader("abcdefghijklmnopqrstuvwxyz'", is_ipa=False)(text)
-    assert (" ".join("".join(*word) for word in text.words), "".join(text.notes)) == expected
+    assert (" ".join("".join(*word) for word in text.words), text.note) == expected
 
 
 def test_letters_that_the_model_knows_are_kept():
@@ -137,11 +137,11 @@ def test_letters_that_the_model_knows_are_kept():
 @given(st.text(max_size=30) | st.text("ntʃaeɹ()/[]' ːʰ#|012H\u0303\u0361\t", max_size=30))
 def test_any_text_is_read_and_what_is_unknown_is_named(text):
     for is_ipa in (True, False):
-        line, words, notes = notation.make_reader(KNOWN, is_ipa)(text)
+        line, words, note = notation.make_reader(KNOWN, is_ipa)(text)
         assert line == text.strip()
-        assert words or notes or not line
+        assert words or note or not line
         symbols = {symbol for word in words for reading in word for symbol in reading}
-        assert all(f'"{symbol}"' in "".join(notes) for symbol in symbols - KNOWN)
+        assert all(f'"{symbol}"' in note for symbol in symbols - KNOWN)
         assert all(word and all(word) and len(set(word)) == len(word) <= 16 for word in words)
 
 

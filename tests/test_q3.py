@@ -835,9 +835,9 @@ def test_answers_as_json(finished):
 def test_arguments_without_quotation_marks_and_with_a_dash(spell, fails):
     rows, errors = spell("C", "A", "B")
     assert [row[0] for row in rows] == ["C", "A", "B"]
-    assert 'Read as 3 words, one per argument; one word is quoted: spell "C A B"' in errors
+    assert 'Read as words; quote a word: spell "C A B"' in errors
     for argv in (["CAB"], ["C A", "B"]):
-        assert "quoted" not in spell(*argv)[1]
+        assert "quote" not in spell(*argv)[1]
     assert spell("--", "-C A B-", "-DAD")[0] == spell("C A B", "D A D")[0]
     for word in ("-ɪŋ", "-hʊd", "-CA"):
         assert f'spell -- "{word}"' in fails(hw2_q3.main, ["spell", "CAB", word])
