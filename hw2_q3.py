@@ -542,24 +542,25 @@ WEIGHTS = [i / 20 for i in range(11)]
 PENALTIES = [i / 2 for i in range(31)]
 
 
-def rerank(
-    candidates: list[list[tuple]], lexicon: Lexicon, weight: float, penalty: float
-) -> list[list[tuple]]:
-    """Each word's candidates sorted by log p(spelling | phonemes) + weight * log frequency, less
-    the penalty of a word that is not listed, which can still win."""
+class Reranker(NamedTuple):
+    """Adds what a list of words knows of a spelling to its log p(spelling | phonemes)."""
 
-    def score(candidate):
-        spelling, log_prob = candidate
-        frequency = lexicon.log_frequency(spelling)
-        return log_prob + (-penalty if frequency is None else weight * frequency)
+    lexicon: Lexicon
+    weight: float  # of a word's log frequency
+    penalty: float  # of a word that is not listed, which can still win
 
-    return [sorted(row, key=score, reverse=True) for row in candidates]
+    def score(self, spelling: str, log_prob: float) -> float:
+        """The score by which candidates are sorted."""
+        frequency = self.lexicon.log_frequency(spelling)
+        return log_prob + (-self.penalty if frequency is None else self.weight * frequency)
+
+    def rerank(self, candidates: list[list[tuple]]) -> list[list[tuple]]:
+        """Each word's candidates (spelling, log-probability), sorted by their scores."""
+        return [sorted(row, key=lambda c: self.score(*c), reverse=True) for row in candidates]
 
 
-def choose_weights(
-    candidates: list[list[tuple]], true: list[str], lexicon: Lexicon
-) -> tuple[float, float]:
-    """The weight and penalty of `rerank`, chosen by WER on these words.
+def fit_reranker(candidates: list[list[tuple]], true: list[str], lexicon: Lexicon) -> Reranker:
+    """The Reranker whose weight and penalty are chosen by WER on these words.
 
     Among all weights whose WER is within one standard error of the lowest (Breiman et al. 1984,
     section 3.4.3) the largest: words of a dictionary are mostly rare, words that people want to
@@ -567,12 +568,12 @@ def choose_weights(
     """
     errors = {}
     for weights in itertools.product(WEIGHTS, PENALTIES):
-        ranked = rerank(candidates, lexicon, *weights)
+        ranked = Reranker(lexicon, *weights).rerank(candidates)
         errors[weights] = wer([row[0][0] for row in ranked], true)
     lowest = min(errors.values())
     limit = lowest + math.sqrt(lowest * (1 - lowest) / len(true))
     weight = max(weight for (weight, _), error in errors.items() if error <= limit)
-    return min((pair for pair in errors if pair[0] == weight), key=errors.get)
+    return Reranker(lexicon, *min((pair for pair in errors if pair[0] == weight), key=errors.get))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -866,10 +867,10 @@ def score_lexicon(speller: Speller, data: Pronunciations, args: Namespace) -> di
     lexicon, size = load_lexicon(args.lexicon), max(LEXICON_BEAM, args.beam_size or 0)
     val, test = (speller.encode(directed_pairs(args, data, split)) for split in ("val", "test"))
     val_beam, test_beam = (speller.beam(pairs, size, args.max_len) for pairs in (val, test))
-    weights = choose_weights(val_beam, val.spellings, lexicon)
-    ranked, true, k = rerank(test_beam, lexicon, *weights), test.spellings, min(args.k, size)
+    reranker = fit_reranker(val_beam, val.spellings, lexicon)
+    ranked, true, k = reranker.rerank(test_beam), test.spellings, min(args.k, size)
     about = {"name": lexicon.name, "source": lexicon.source, "size": size}
-    about |= {"weight": weights[0], "penalty": weights[1]}
+    about |= {"weight": reranker.weight, "penalty": reranker.penalty}
     about["listed"] = [int(lexicon.log_frequency(word) is not None) for word in true]
     examples = [[w, [[s, round(x, 3)] for s, x in row[:k]]] for w, row in zip(true, ranked)]
     scores = score_candidates(spellings(ranked), true, k)
@@ -960,12 +961,17 @@ def plot_attention(args: Namespace, record: dict[str, Any]) -> Any:
 PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
 
 
+DEFAULT_WEIGHTS = 0.4, 10.5  # of a list for which a model has no recorded ones: PRETRAINED's
+
+
 class Candidate(NamedTuple):
     """A spelling of some words. Candidates of different words are added field by field."""
 
     readings: tuple[str, ...]  # each word as it was read
     spellings: tuple[str, ...]
     log_prob: float
+    score: float  # by which candidates are sorted: the log-probability, or a Reranker's
+    unlisted: tuple[str, ...]  # spellings that are not in the list of words
     cut_off: int  # the number of words that reached --max_len
 
 
@@ -975,9 +981,11 @@ def spell(args: Namespace) -> None:
     if args.ensemble:
         with contextlib.redirect_stdout(sys.stderr):  # only answers go to standard output
             data = load_data(args)
-        speller, description = load_ensemble(args, data, device), "the ensemble"
+        about = {"name": data.name, "fingerprint": data.fingerprint}
+        speller, trained, description = load_ensemble(args, data, device), args, "the ensemble"
     else:
-        speller, description = choose_speller(args, device)
+        speller, trained, about, description = choose_speller(args, device)
+    reranker = choose_reranker(args, trained, about)
     if args.ipa:
         batches = iter([args.ipa])
     elif args.input is not None or not sys.stdin.isatty():
@@ -986,17 +994,23 @@ def spell(args: Namespace) -> None:
         batches = notation.prompt_lines("word" if is_g2p(args) else "IPA")
     first = next(batches, [])  # an unreadable file ends the command here, before anything else
     print(f"Model: {description}", file=sys.stderr)
+    if reranker:
+        size, source = len(reranker.lexicon.log_frequencies), reranker.lexicon.source
+        print(f"Words: {reranker.lexicon.name} ({source}, {size:,} words)", file=sys.stderr)
     read = notation.make_reader(speller.source.stoi, speller.source.spaced)
     line = " ".join(args.ipa)
     if 1 < len(args.ipa) == len(line.split()) and len(read(line).words) == 1:
         print(utils.printable(f'Read as words; quote a word: spell "{line}"'), file=sys.stderr)
-    answers = answer_lines(itertools.chain([first], batches), read, speller, args)
+    answers = answer_lines(itertools.chain([first], batches), read, speller, reranker, args)
     notation.print_answers(answers, args.json)
 
 
-def choose_speller(args: Namespace, device: torch.device) -> tuple[Speller, str]:
-    """The Speller of --checkpoint_name, or else the best one trained on the words of --data_dir, or
-    without it, the best one, preferably of the default words; and a description of it."""
+def choose_speller(
+    args: Namespace, device: torch.device
+) -> tuple[Speller, Namespace, dict[str, str], str]:
+    """The Speller of --checkpoint_name; or the best one trained on the words of --data_dir; or,
+    without it, the best one trained on real words, preferably the default ones; or the shipped one.
+    Returns also its arguments, its data and a description. Raises UserError."""
     if args.data_dir:
         key, value = "fingerprint", utils.load_pronunciations(args.data_dir).fingerprint
     else:
@@ -1005,9 +1019,9 @@ def choose_speller(args: Namespace, device: torch.device) -> tuple[Speller, str]
     def rank(saved):
         is_same, is_real = saved["data"][key] == value, saved["data"]["name"] != "sample"
         is_other = is_g2p(parse_args(saved["command"].split()[2:])) != is_g2p(args)
-        if is_other or (args.data_dir and not is_same):
+        if is_other or not (is_same if args.data_dir else is_real):
             return None
-        return is_real, is_same, -float(min(saved["history"]["val_cer"]))
+        return is_same, -float(min(saved["history"]["val_cer"]))
 
     folder = args.output_dir / "checkpoints"
     shipped = None if args.data_dir or is_g2p(args) else PRETRAINED
@@ -1017,30 +1031,60 @@ def choose_speller(args: Namespace, device: torch.device) -> tuple[Speller, str]
     names = {"sample": "the built-in SAMPLE", "pronunciations": "your words"}
     words = names.get(name, f"the words in data/{name}")
     error = f"validation {rate_name(trained)} {float(min(saved['history']['val_cer'])):.4f}"
-    return speller, f"{path} (trained on {words}, {error})"
+    return speller, trained, saved["data"], f"{path} (trained on {words}, {error})"
+
+
+def choose_reranker(
+    args: Namespace, trained: Namespace, about_data: dict[str, str]
+) -> Reranker | None:
+    """The list of --lexicon, or the one with which the model was tested, with the weights that were
+    chosen then; None with 'none', for sampling, or without a list. Raises UserError."""
+    recorded = {}
+    for folder in (args.output_dir, utils.ROOT):  # a clone has the shipped model's record
+        config = Namespace(**vars(trained) | {"output_dir": folder})
+        record = utils.load_record(make_run(config, Namespace(**about_data)).record)
+        recorded = recorded or record.get("final", {}).get("lexicon", {})
+    name = args.lexicon or recorded.get("name")
+    if name in (None, "none") or is_g2p(args) or args.nucleus:
+        return None
+    try:
+        lexicon = load_lexicon(name)
+    except UserError as error:
+        if args.lexicon:
+            raise
+        print(f"Spelling without a list of words: {error}", file=sys.stderr)
+        return None
+    is_recorded = recorded.get("name") == name
+    weights = (recorded["weight"], recorded["penalty"]) if is_recorded else DEFAULT_WEIGHTS
+    return Reranker(lexicon, *weights)
 
 
 def answer_lines(
-    batches: Iterable[list[str]], read: Callable, speller: Speller, args: Namespace
-) -> Iterator[dict[str, Any]]:
+    batches: Iterable[list[str]], read: Callable, speller: Speller, reranker: Reranker | None,
+    args: Namespace,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The answer to each line, as `describe` gives it; the lines of a batch are decoded together.
     What could not be read is named on standard error."""
     unit, numbers = "argument" if args.ipa else "line", itertools.count(1)
     generator = make_generator(args, next(speller.model.parameters()).device)
     for texts in (list(map(read, lines)) for lines in batches):
         readings = [reading for text in texts for word in text.words for reading in word]
-        rows = iter(decode(readings, speller, args, generator) if readings else [])
+        rows = iter(decode(readings, speller, reranker, args, generator) if readings else [])
         for text, number in zip(texts, numbers):
             if text.note:
                 print(utils.printable(f"{unit} {number}: {text.note}"), file=sys.stderr)
-            yield describe(text, choose_candidates(text, rows, speller, args.max_len), args)
+            yield describe(text, choose_candidates(text, rows, speller, reranker, args), args)
 
 
 def decode(
-    readings: list[tuple], speller: Speller, args: Namespace, generator: torch.Generator
-) -> list[list[tuple]]:
+    readings: list[tuple], speller: Speller, reranker: Reranker | None, args: Namespace,
+    generator: torch.Generator,
+) -> list[list[tuple]]:  # fmt: skip
     """Candidates (spelling, log-probability) of words, by the decoding that was asked for."""
     pairs = speller.encode([(reading, "") for reading in readings])
+    if reranker:
+        beam = speller.beam(pairs, max(LEXICON_BEAM, args.beam_size or 1), args.max_len)
+        return [row[: args.beam_size or 1] for row in reranker.rerank(beam)]
     if args.beam_size:
         return speller.beam(pairs, args.beam_size, args.max_len)
     if args.nucleus:
@@ -1049,16 +1093,24 @@ def decode(
 
 
 def choose_candidates(
-    text: notation.Text, rows: Iterator[list[tuple]], speller: Speller, max_len: int
-) -> list[Candidate]:
+    text: notation.Text, rows: Iterator[list[tuple]], speller: Speller, reranker: Reranker | None,
+    args: Namespace,
+) -> list[Candidate]:  # fmt: skip
     """The best candidates of a text, from the next of `rows`, one for each reading of each word."""
-    join, split, best = speller.source.join, speller.target.split, [Candidate((), (), 0.0, 0)]
+
+    def candidate(reading, spelling, log_prob):
+        score, unlisted = log_prob, ()
+        if reranker:
+            score = reranker.score(spelling, log_prob)
+            is_listed = reranker.lexicon.log_frequency(spelling) is not None
+            unlisted = () if is_listed else (spelling,)
+        is_cut = len(speller.target.split(spelling)) == args.max_len  # then it has no END
+        read = (speller.source.join(reading),)
+        return Candidate(read, (spelling,), log_prob, score, unlisted, is_cut)
+
+    best = [Candidate((), (), 0.0, 0.0, (), 0)]
     for word in text.words:
-        found = [  # a spelling of max_len symbols has no END
-            Candidate((join(reading),), (spelling,), log_prob, len(split(spelling)) == max_len)
-            for reading, row in zip(word, rows)
-            for spelling, log_prob in row
-        ]
+        found = [candidate(reading, *c) for reading, row in zip(word, rows) for c in row]
         found = best_of(found, max(len(word), len(found) // len(word)))
         sums = (Candidate(*map(operator.add, a, b)) for a, b in itertools.product(best, found))
         best = best_of(sums, max(len(best), len(found)))
@@ -1068,7 +1120,7 @@ def choose_candidates(
 def best_of(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
     """The best candidates, what was cut off last, and each spelling once."""
     distinct = {}
-    for candidate in sorted(candidates, key=lambda c: (c.cut_off > 0, -c.log_prob)):
+    for candidate in sorted(candidates, key=lambda c: (c.cut_off > 0, -c.score)):
         distinct.setdefault(candidate.spellings, candidate)
     return list(distinct.values())[:count]
 
@@ -1080,10 +1132,12 @@ def describe(text: notation.Text, candidates: list[Candidate], args: Namespace) 
     if is_g2p(args):
         sides, gaps, unit = ("letters", "phonemes"), (" ", " # "), "phonemes"
     rows = []
-    for *words, log_prob, cut_off in candidates:
-        row = {side: gap.join(symbols) for side, gap, symbols in zip(sides, gaps, words)}
-        row["log_probability"] = round(log_prob, 3)
-        rows.append(row | ({"note": f"cut off at {args.max_len} {unit}"} if cut_off else {}))
+    for c in candidates:
+        row = {s: gap.join(words) for s, gap, words in zip(sides, gaps, (c.readings, c.spellings))}
+        row["log_probability"] = round(c.log_prob, 3)
+        notes = [f"not listed: {', '.join(c.unlisted)}"] if c.unlisted else []
+        notes += [f"cut off at {args.max_len} {unit}"] if c.cut_off else []
+        rows.append(row | ({"note": "; ".join(notes)} if notes else {}))
     answer = {"input": text.line, sides[0]: rows[0][sides[0]] if rows else "", "candidates": rows}
     return answer | ({"note": text.note} if text.note else {})
 

@@ -21,7 +21,7 @@ def write(tmp_path, content):
 
 
 def first(weight, penalty):
-    return hw2_q3.rerank(ROWS, LIST, weight, penalty)[0][0][0]
+    return hw2_q3.Reranker(LIST, weight, penalty).rerank(ROWS)[0][0][0]
 
 
 @pytest.mark.parametrize(
@@ -86,17 +86,19 @@ def test_reranking_by_hand():
     assert first(0, 0.6) == "remainder"  # -1.1
     assert first(1, 0.6) == "remander"  # against -1 + ln 0.75 = -1.29
     assert first(1, 1) == "remainder"
-    [row] = hw2_q3.rerank(ROWS, LIST, 0, 1)  # a capital counts as listed; ties keep their order
+    [row] = hw2_q3.Reranker(LIST, 0, 1).rerank(
+        ROWS
+    )  # a capital counts as listed; ties keep their order
     assert row == [ROWS[0][1], ROWS[0][2], ROWS[0][0], ROWS[0][3]]
 
 
 def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
     listed = Lexicon("x", "x", {"sea": math.log(0.5), "see": math.log(0.5)})
     rows = [[("sie", -0.5), ("sea", -1.75)]] * 10
-    weight, penalty = hw2_q3.choose_weights(rows, ["sea"] * 10, listed)
-    assert hw2_q3.rerank(rows, listed, weight, penalty)[0][0][0] == "sea"
-    assert weight == max(hw2_q3.WEIGHTS)  # all have a penalty with the same WER
-    assert hw2_q3.choose_weights(rows, ["sie"] * 10, listed)[1] < 1.25 + weight
+    reranker = hw2_q3.fit_reranker(rows, ["sea"] * 10, listed)
+    assert reranker.rerank(rows)[0][0][0] == "sea"
+    assert reranker.weight == max(hw2_q3.WEIGHTS)  # every weight has a penalty with the same WER
+    assert hw2_q3.fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
 
 
 def test_a_lexicon_at_test_is_scored_and_recorded(tmp_path, capsys, fails):
