@@ -1000,7 +1000,7 @@ def spell(args: Namespace) -> None:
     read = notation.make_reader(speller.source.stoi, speller.source.spaced)
     line = " ".join(args.ipa)
     if 1 < len(args.ipa) == len(line.split()) and len(read(line).words) == 1:
-        print(utils.printable(f'Read as words; quote a word: spell "{line}"'), file=sys.stderr)
+        print(utils.printable(f'Read word by word; quote a word: spell "{line}"'), file=sys.stderr)
     answers = answer_lines(itertools.chain([first], batches), read, speller, reranker, args)
     notation.print_answers(answers, args.json)
 

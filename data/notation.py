@@ -167,9 +167,9 @@ class PhonemeReader:
         text = decompose(text)
         if quoted := QUOTED.findall(text):
             text = "  ".join(part[1:-1] for part in quoted)
-        head, *tail = text.split(maxsplit=1) or [""]
-        if tail and re.search("[012]", tail[0]) and not is_phone(head) and arpabet(tail[0].split()):
-            text = tail[0]  # a line of the CMU dictionary begins with the written word
+        head, *phones = text.split() or [""]
+        if re.search("[012]", text) and not is_phone(head) and arpabet(phones):
+            text = text.split(maxsplit=1)[1]  # a line of the CMU dictionary begins with the word
         text = re.sub(r"#|(?<=\s)[|‖](?=\s)", lambda m: m[0] if m[0] in self.exact else "  ", text)
         words, unknown = [], []
         for word in itertools.chain.from_iterable(map(self._words, GAP.split(text))):

@@ -59,7 +59,7 @@ READINGS = {
     "bæt n̩ kæt": "b æ t # n̩ # k æ t", "ˈkæt ˈʃiːz": "k æ t # ʃ iː z",
     "n ɔː θ  k æ t": "n ɔː θ # k æ t", "n ɔː θ # kæt": "n ɔː θ # k æ t",
     "n ɔː | kæt‖": "n ɔː # k æ t", "kæt#kæt": "k æ t # k æ t", "n ɔː\tk æ t": "n ɔː # k æ t",
-    "/n ɔː/ or /n ɒ/": "n ɔː # n ɒ", "kæt — ɒn": "k æ t # ɒ n",
+    "/n ɔː/ or /n ɒ/": "n ɔː # n ɒ", "kæt — ɒn": "k æ t # ɒ n", "i: ə": "iː ə",
     # Optional sounds.
     "kɑː(ɹ)": "k ɑː ɹ | k ɑː", "k ɑː (r)": "k ɑː ɹ | k ɑː", "/kɑːʳ/": "k ɑː ɹ | k ɑː",
     "(h)(w)ɪ": "h w ɪ | h ɪ | w ɪ | ɪ", "wɪ(tʃ) kæ(t)": "w ɪ t͡ʃ | w ɪ # k æ t | k æ",
@@ -94,7 +94,13 @@ def test_signs_that_the_model_knows_are_neither_replaced_nor_dropped():
     assert read("kʧa͜ɪ", known) == "k ʧ a͜ɪ"
     assert read("ɡə t͡ʃ", {"g", "ǝ", "tʃ"}) == "g ǝ tʃ"  # whichever the model knows
     assert read("K D", {"K", "D"}) == "K D"  # no ARPAbet
-    assert read("t s ʃ", {"t͡ʃ", "t", "s", "ʃ"}) == "t s ʃ"
+    assert read("t'kaʳ", KNOWN | {"'", "ʳ"}) == "t ' k a ʳ"
+    assert read("š", {"ʃ"}) == "ʃ"
+
+
+def test_tied_vowels_that_the_model_does_not_know_are_two_sounds():
+    assert read("ka͜ɪ", KNOWN | {"a͜ɪ"}) == "k a͜ɪ"
+    assert read("ka͡ɪ", KNOWN | {"a͜ɪ"}) == "k a ɪ"
 
 
 NOTED = {
