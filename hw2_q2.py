@@ -325,6 +325,8 @@ def train(args: Namespace) -> None:
         if args.batch_norm and sizes == [1]:
             raise UserError("batch norm needs at least 2 training images; try -no_batch_norm")
         saved = utils.resume(run, model, optimizer)
+        if not saved["seconds"]:
+            utils.note_shorter_run(run)
         history, seconds = saved["history"], saved["seconds"]
         with utils.recording_divergence(run, model, history, seconds):
             for epoch in range(len(seconds) + 1, args.epochs + 1):

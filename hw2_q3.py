@@ -599,6 +599,8 @@ def train(args: Namespace, run: Run, data: Pronunciations, device: torch.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=fused)
         print(f"Run {run.name}\nTrainable parameters: {utils.count_parameters(model):,}")
         saved = utils.resume(run, model, optimizer)
+        if not saved["seconds"]:
+            utils.note_shorter_run(run)
         history, seconds, best = saved["history"], saved["seconds"], saved.get("best")
         if len(seconds) == args.n_epochs:
             print("Training is finished; --restart retrains it")

@@ -764,6 +764,21 @@ def resume(run: Run, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return saved
 
 
+def note_shorter_run(run: Run) -> None:
+    """Say so if a run with fewer epochs and else the same options is finished."""
+
+    def options(arguments):
+        return {k: v for k, v in arguments.items() if k not in ("epochs", "n_epochs")}
+
+    for path in run.record.parent.glob(f"{run.title}-*.json"):
+        record = load_record(path)
+        epochs = len(record["measured"].get("seconds", ()))
+        same = options(record["arguments"]) == options(run.arguments) and record["data"] == run.data
+        if same and record.get("final") and 0 < epochs < run.epochs:
+            print(f"{path.stem} is finished with {epochs} epochs. This run starts from scratch:")
+            print("its schedule depends on the number of epochs")
+
+
 def discard_checkpoint(run: Run) -> None:
     """Delete the run's checkpoint. Raises UserError if the file has another run's."""
     is_named = run.checkpoint_file and run.checkpoint.exists()

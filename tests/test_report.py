@@ -52,6 +52,26 @@ def test_readme_question_2(start, labels):
     assert f"| {start} | {' | '.join(cells)} |".replace("– / –", "–") in README.splitlines()
 
 
+def test_the_shipped_networks_have_the_scores_of_their_records():
+    text = (utils.ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    for module, label in ((q2, q2.BEST_RESNET), (q3, q3.SHIPPED)):
+        *_, record = FOUND[module.__name__[-2:]][label]
+        shipped = utils.load_checkpoint(module.script.PRETRAINED)
+        assert shipped["history"] == record["history"]
+        run = module.script.make_run(
+            module.script.parse_args(record["command"].split()[2:]),
+            report.Dataset(**record["data"]),
+        )
+        [row] = [line for line in text.splitlines() if f"`{run.name}`" in line]
+        scores, final = re.findall(r"\.\d{3,4}", row), record["final"]
+        if module is q2:
+            expected = [f"{final[split]['accuracy']:.4f}"[1:] for split in ("val", "test")]
+        else:
+            expected = [f"{min(record['history']['val_cer']):.4f}"[1:]]
+            expected += [f"{final[d][m]:.3f}"[1:] for d in ("beam", "lexicon") for m in RATES[1:]]
+        assert scores[-len(expected) :] == expected
+
+
 RATES = "cer", "wer", "wer@3"
 Q3_ROWS = {
     "no attention, greedy | .4354 / .9040": (q3.PLAIN, "greedy", RATES[:2]),

@@ -233,6 +233,20 @@ def test_a_record_is_written_one_key_a_line_and_read_back(tmp_path):
     assert utils.load_record(tmp_path / "none.json") == {}
 
 
+def test_a_finished_run_with_fewer_epochs_is_named(tmp_path, capsys):
+    def run(epochs, **more):
+        return make_run(tmp_path, arguments={"epochs": epochs} | more, epochs=epochs)
+
+    finished = {"final": {"x": 1}, "history": {}, "measured": {"seconds": [1.0, 1.0]}}
+    short = run(2, lr=0.1)
+    utils.save_record(short.record, {"command": "x", **short.identity} | finished)
+    for other in (run(2, lr=0.1), run(1, lr=0.1), run(5), make_run(tmp_path, "y", epochs=5)):
+        utils.note_shorter_run(other)
+    assert capsys.readouterr().out == ""
+    utils.note_shorter_run(run(5, lr=0.1))
+    assert f"{short.name} is finished with 2 epochs. This run starts" in capsys.readouterr().out
+
+
 def test_training_again_completes_a_record_or_replaces_it(tmp_path):
     run = make_run(tmp_path)
     assert utils.store_record(run, new_record(run)) == f"Record: {run.record}"
