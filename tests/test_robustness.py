@@ -1,7 +1,7 @@
-"""Runs that are killed; full disks, short memory, closed pipes; damaged and hostile files; wrong
-and random command lines. `--kills 500` and `--fuzz 100000` search for longer.
+"""Runs that are killed; full disks, short memory, closed pipes; damaged and hostile files.
+`--kills 500` and `--fuzz 100000` search for longer.
 
-kills, locks | disks, memory, output | checkpoints, records | data files | command lines | fuzzing
+kills, locks | disks, memory, output | checkpoints, records | data files | fuzzing
 """
 
 import contextlib
@@ -20,13 +20,12 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -34,24 +33,10 @@ import hw2_q2
 import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
-from tests.conftest import assert_equal_runs, make_run
+from tests.conftest import SCRIPTS, assert_equal_runs, both_questions, killed_at, load_run, make_run
 from utils import UserError
 
-SCRIPTS = {"q2": hw2_q2, "q3": hw2_q3}
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
-both_questions = pytest.mark.parametrize("question", SCRIPTS)
-
-
-@pytest.fixture(scope="module")
-def commands(landscapes_path, tmp_path_factory):
-    """{question: the arguments of a run of four epochs that takes a second}, but for a folder."""
-    words = tmp_path_factory.mktemp("words")
-    for name in ("train", "valid", "test"):
-        text = "k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\nt ɑ p\ttop\n"
-        (words / f"{name}.tsv").write_text(text, encoding="utf-8")
-    q2 = f"-epochs 4 -threads 1 -data_path {landscapes_path} -output_dir"
-    q3 = f"--n_epochs 4 --use_attn --nucleus --hidden_size 8 --batch_size 2 --data_dir {words}"
-    return {"q2": q2.split(), "q3": [*q3.split(), "--output_dir"]}
 
 
 @pytest.fixture(scope="module")
@@ -149,11 +134,37 @@ def assert_files_are_whole(folder):
 
 def results(folder, output):
     """(record, checkpoint), lines of scores, names of files: the same for every run."""
-    [record], [checkpoint] = folder.glob("figures/runs/*"), folder.glob("checkpoints/*.pt")
     scores = [line for line in output.splitlines() if line.startswith(("Valid", "Final", "Test "))]
     assert scores
-    files = utils.load_record(record), utils.load_checkpoint(checkpoint)
-    return files, scores, {path.name for path in folder.rglob("*")}
+    return load_run(folder), scores, {path.name for path in folder.rglob("*")}
+
+
+MOMENTS = [  # question, options, function and its call at which a run dies, finished epochs
+    ("q2", "-optimizer adam", utils, "check_divergence", 8, 1),  # of 5 batches
+    ("q2", "-no_batch_norm", utils, "save_checkpoint", 2, 1),
+    ("q2", "-recipe best", utils, "store_record", 1, 4),
+    ("q3", "--layers 2 --clip 0.2", torch.optim.Adam, "step", 4, 1),  # of 2 batches
+    ("q3", "--input_feeding --beam_size 4", utils, "save_checkpoint", 3, 2),
+    ("q3", "--recipe best", utils, "store_record", 1, 4),
+]
+
+
+@pytest.mark.parametrize(("question", "line", "owner", "name", "call", "epochs"), MOMENTS)
+def test_every_kind_of_run_resumes(
+    start, question, line, owner, name, call, epochs, tmp_path, capsys
+):
+    """To the same bits as an uninterrupted one, after the epochs that it had finished."""
+    main, argv = start(question)
+    argv = [*line.split(), *argv]  # of two values the last counts
+    with killed_at(owner, name, call):
+        main(argv)
+    capsys.readouterr()
+    main(argv)
+    assert len(re.findall("Epoch +[0-9]/4", capsys.readouterr().out)) == 4 - epochs
+    main([*argv[:-1], str(tmp_path / "uninterrupted")])
+    first, second = load_run(tmp_path / "out"), load_run(tmp_path / "uninterrupted")
+    assert_equal_runs(first, second, ["model", *["best"] * (question == "q3")])
+    assert len(first[1]["seconds"]) == 4
 
 
 @posix
@@ -487,35 +498,6 @@ def test_what_is_not_there_is_named_and_not_made(main, line, fails, monkeypatch,
 
 
 # ----------------------------------------------------------------------------------------------
-# command lines
-
-WRONG_VALUES = "-1", "nan", "inf", "1e400", "9" * 30, "0x10", "many", "1 2", " "
-OPTIONS = [  # those that take a number or a name
-    (script.main, action.option_strings[0])
-    for script in SCRIPTS.values()
-    for action in script.make_parser()._actions
-    if action.option_strings and (action.choices or action.type not in (None, Path))
-]
-OPTIONS += [(prepare_pronunciations.main, name) for name in ("--train", "--valid", "--test")]
-OPTIONS += [(main, "--seed") for main in (prepare_landscapes.main, prepare_pronunciations.main)]
-
-
-@pytest.mark.parametrize(("main", "name"), OPTIONS)
-def test_a_wrong_value_is_refused_by_name_with_the_right_ones(main, name, fails):
-    for value in WRONG_VALUES:
-        line = fails(main, [name, value])
-        assert f"argument {name}: " in line
-        assert re.search(r"is not (an integer|a number) in [\[(].+, .+[\])]|choose from", line)
-
-
-@pytest.mark.parametrize("line", ["-leaning_rate 0.1", "-epochs", "--use_att", "--beam_siz 5"])
-def test_unknown_and_incomplete_options_are_named(line, fails):
-    message = fails((hw2_q3 if line.startswith("--") else hw2_q2).main, line.split())
-    assert line.split()[0] in message
-    assert "-h lists the options" in message
-
-
-# ----------------------------------------------------------------------------------------------
 # fuzzing: every input is read, or refused by UserError
 
 
@@ -710,41 +692,3 @@ def test_fuzzed_parts_of_checkpoints(folder, contents_of_files, data, value):
     good = torch.load(io.BytesIO(contents_of_files["checkpoint"]))
     torch.save(good | {data.draw(st.sampled_from(sorted(good))): value}, folder / "v.pt")
     read_or_refused(read_checkpoint, folder / "v.pt")
-
-
-PARSERS = {"q2": hw2_q2.parse_args, "q3": hw2_q3.parse_args}
-PARSERS["landscapes"] = prepare_landscapes.parse_args
-PARSERS["pronunciations"] = prepare_pronunciations.parse_args
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
-WORDS = [name for s in SCRIPTS.values() for name in s.make_parser()._option_string_actions]
-WORDS += ["--archive", "--tsv", "--language", "--train", "--valid", "--keep", "-learning_rat"]
-WORDS += ["best", "resnet", "flip", "mirror", "one_cycle", "g2p", "train", "test", "spell", "all"]
-WORDS += ["48", "0.5", "-1", "nan", "1e999", "9" * 400, "", "-", "--", "=", "\u202e", "1 2", "-\n"]
-
-
-@pytest.mark.parametrize("name", PARSERS)
-@example(words=["-recipe", "best", "-seed", "1", "2", "-augment"])
-@example(words=["-model", "resnet", "-recipe", "best", "-momentum", "0"])
-@example(words=["--recipe", "best", "--ensemble", "--seed", "1", "2"])
-@example(words=["--direction", "g2p", "--use_attn", "--input_feeding", "--clip", "2"])
-@given(words=st.lists(st.sampled_from(WORDS) | TEXT | st.integers().map(str), max_size=6))
-def test_fuzzed_command_lines(name, words):
-    try:
-        args = read_or_refused(PARSERS[name], words)
-    except SystemExit as stop:  # after the help text
-        assert stop.code == 0
-    else:
-        if args and name in SCRIPTS:
-            assert_commands_repeat_their_runs(SCRIPTS[name], args)
-
-
-def assert_commands_repeat_their_runs(script, args):
-    data = SimpleNamespace(name="photographs", fingerprint="0" * 12)
-    if script is hw2_q2:
-        configs = utils.expand(args, "learning_rate", "seed")
-    else:
-        configs = [*hw2_q3.members(args), *[args] * args.ensemble]
-    for config in configs:
-        run = script.make_run(config, data)
-        again = script.make_run(script.parse_args(run.command.split()[2:]), data)
-        assert (again.name, again.command) == (run.name, run.command)
