@@ -255,14 +255,13 @@ def test_a_full_disk_costs_no_finished_epoch(
     assert "Resuming after epoch 1" in capsys.readouterr().out
 
 
-DISK_ERRORS = [("q2", errno.ENOSPC), ("q3", errno.EROFS), ("q3", errno.EACCES), ("q3", errno.EIO)]
-
-
-@pytest.mark.parametrize(("question", "code"), DISK_ERRORS)
-def test_a_folder_that_cannot_be_written(start, question, code, monkeypatch, tmp_path, fails):
-    monkeypatch.setattr(utils, "_replace", Mock(side_effect=OSError(code, os.strerror(code))))
-    assert f"cannot be written ([Errno {code}]" in fails(*start(question))
-    assert contents(tmp_path / "out") == {}
+@both_questions
+def test_a_folder_that_cannot_be_written(start, question, monkeypatch, tmp_path, fails):
+    for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO):
+        replace = Mock(side_effect=OSError(code, os.strerror(code)))
+        monkeypatch.setattr(utils, "_replace", replace)
+        assert f"cannot be written ([Errno {code}]" in fails(*start(question))
+        assert contents(tmp_path / "out") == {}
 
 
 @both_questions
@@ -275,16 +274,13 @@ def test_a_file_where_a_folder_should_be(start, question, name, tmp_path, fails)
     assert path.read_text() == "mine"
 
 
-def test_an_allocation_that_no_machine_can_make(fails):
-    assert "out of memory; reduce batch size" in fails(lambda argv: torch.empty(2**50), [])
-
-
 OUT_OF_MEMORY = [
     MemoryError(),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    lambda *_: torch.empty(2**50),  # which no machine has
 ]
 BUGS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
@@ -295,10 +291,10 @@ BUGS = [
 
 
 @both_questions
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
-def test_short_memory_in_training_ends_with_one_line(start, question, error, monkeypatch, fails):
-    monkeypatch.setattr(utils, "learning_rate", Mock(side_effect=error))
-    assert "out of memory; reduce batch size or network" in fails(*start(question))
+def test_short_memory_in_training_ends_with_one_line(start, question, monkeypatch, fails):
+    for error in OUT_OF_MEMORY:
+        monkeypatch.setattr(utils, "learning_rate", Mock(side_effect=error))
+        assert "out of memory; reduce batch size or network" in fails(*start(question))
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=repr)
