@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import subprocess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -120,6 +121,13 @@ def load_run(folder):
     [record], [checkpoint] = folder.glob("figures/runs/*"), folder.glob("checkpoints/*.pt")
     assert record.stem == checkpoint.stem
     return utils.load_record(record), utils.load_checkpoint(checkpoint)
+
+
+def run_here(commands, *_):
+    """In place of utils.run_processes: train runs in this process, which takes less time."""
+    for command in commands:
+        SCRIPTS[Path(command[1]).stem.removeprefix("hw2_")].main(command[2:])
+        yield subprocess.CompletedProcess(command, 0)
 
 
 class Killed(BaseException):

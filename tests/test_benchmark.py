@@ -1,29 +1,21 @@
 """The benchmark runs and measures everything. No times are asserted."""
 
 import json
-import subprocess
 
 import pytest
 
-import hw2_q2
-import hw2_q3
 import utils
 from tests import benchmark
+from tests.conftest import run_here
 
 FIGURES = utils.ROOT / "figures"
 COMMITTED = json.loads((FIGURES / "benchmark.json").read_text())
 
 
-def run_in_this_process(commands, *_):
-    for command in commands:
-        (hw2_q3 if "hw2_q3" in command[1] else hw2_q2).main(command[2:])
-        yield subprocess.CompletedProcess(command, 0)
-
-
 def test_everything_is_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(utils, "cpu_count", lambda: 1)
     monkeypatch.setattr(benchmark, "GRID", benchmark.GRID[-2:])  # two runs are enough
-    monkeypatch.setattr(utils, "run_processes", run_in_this_process)
+    monkeypatch.setattr(utils, "run_processes", run_here)
     benchmark.main(["--quick", "--output", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.png"]
     results = json.loads((tmp_path / "benchmark.json").read_text())

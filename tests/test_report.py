@@ -22,6 +22,7 @@ from figures import common, report
 from figures import report_q2 as q2
 from figures import report_q3 as q3
 from figures.common import mean_sd
+from tests.conftest import run_here
 
 FIGURES = utils.ROOT / "figures"
 README = (utils.ROOT / "README.md").read_text(encoding="utf-8")
@@ -460,6 +461,7 @@ def test_what_is_missing_is_trained_and_analysed(monkeypatch, tmp_path, arrays):
     np.savez(tmp_path / "data.npz", **arrays)
     tiny = {q2.PLAIN: "-no_batch_norm -epochs 1", q2.BEST: "-tta mirror -epochs 1"}
     only(monkeypatch, q2, tiny, seeds=1)
+    monkeypatch.setattr(utils, "run_processes", run_here)
     argv = ["--train", "report", "--question", "q2", "--data_path", str(tmp_path / "data.npz")]
     argv += ["--output_dir", str(tmp_path)]
     report.main(argv)
