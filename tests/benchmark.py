@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import hw2_q2
@@ -52,42 +52,26 @@ class TextbookCNN(nn.Sequential):
         return F.cross_entropy(self(images), labels)
 
 
-class TextbookSpeller(nn.Module):
-    """The model of question 3 with attention."""
+class TextbookSpeller(hw2_q3.Seq2Seq):
+    """The layers of question 3's model; the decoder computes a padded batch step by step."""
 
-    def __init__(self, phonemes, characters, size=128, dropout=0.3):
-        super().__init__()
-        self.phonemes = nn.Embedding(phonemes, size, padding_idx=hw2_q3.PAD)
-        self.encoder = nn.LSTM(size, size // 2, batch_first=True, bidirectional=True)
-        self.characters = nn.Embedding(characters, size, padding_idx=hw2_q3.PAD)
-        self.decoder = nn.LSTM(size, size, batch_first=True)
-        self.key = nn.Linear(size, size, bias=False)
-        self.query = nn.Linear(size, size)
-        self.score = nn.Linear(size, 1, bias=False)
-        self.combine = nn.Linear(2 * size, size)
-        self.output = nn.Linear(size, characters)
-        self.output.weight = self.characters.weight
-        self.dropout = nn.Dropout(dropout)
-
-    def encode(self, sources, lengths):
-        x = self.dropout(self.phonemes(sources))  # (B, S, H)
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        outputs, state = self.encoder(packed)
-        outputs, _ = pad_packed_sequence(outputs, batch_first=True)
-        state = (torch.cat((part[0], part[1]), 1).unsqueeze(0) for part in state)  # 2 x (1, B, H)
-        return self.dropout(outputs), tuple(state)
+    def __init__(self, source_size, target_size, args):
+        super().__init__(source_size, target_size, args)
+        self.encoder.dropout = self.decoder.dropout = nn.Dropout(args.dropout)
 
     def decode(self, last, state, values, mask):
         """One step: last characters (B, 1) -> logits (B, 1, V) of the next, and the new state."""
-        states, state = self.decoder(self.dropout(self.characters(last)), state)
-        scores = self.score(torch.tanh(self.key(values) + self.query(states))).squeeze(2)  # (B, S)
+        decoder, attention = self.decoder, self.decoder.attention
+        states, state = decoder.lstm(decoder.dropout(decoder.embedding(last)), state)
+        keys, queries = attention.key(values), attention.query(states)
+        scores = attention.score(torch.tanh(keys + queries)).squeeze(2)  # (B, S)
         weights = scores.masked_fill(~mask, -torch.inf).softmax(1)
         context = weights.unsqueeze(1) @ values  # (B, 1, H)
-        x = torch.tanh(self.combine(torch.cat((context, states), 2)))
-        return self.output(self.dropout(x)), state
+        x = torch.tanh(attention.combine(torch.cat((context, states), 2)))
+        return decoder.output(decoder.dropout(x)), state
 
     def loss(self, sources, lengths, targets):
-        (values, state), logits = self.encode(sources, lengths), []
+        (values, state), logits = self.encoder(sources, lengths), []
         for step in range(targets.shape[1] - 1):
             last = targets[:, step : step + 1]
             step_logits, state = self.decode(last, state, values, sources != hw2_q3.PAD)
@@ -100,7 +84,7 @@ class TextbookSpeller(nn.Module):
         """Spell one word from its phonemes (S,), greedily, or by nucleus sampling if `p` is given.
         Returns the indices of its characters."""
         self.eval()
-        values, state = self.encode(source.unsqueeze(0), torch.tensor([len(source)]))
+        values, state = self.encoder(source.unsqueeze(0), torch.tensor([len(source)]))
         mask, last, spelling = torch.ones(1, len(source), dtype=torch.bool), hw2_q3.START, []
         for _ in range(max_len):
             logits, state = self.decode(torch.tensor([[last]]), state, values, mask)
@@ -323,8 +307,8 @@ def measure_spelling(turns, limit, cores):
     """Whether our greedy spellings of the test words equal the textbook's, and the seconds of
     spelling and of a training epoch, on at most `limit` words of a split."""
     speller, ours, splits = make_speller(limit)
-    textbook = TextbookSpeller(len(speller.source), len(speller.target))
-    copy_weights(speller.model, textbook)
+    textbook = TextbookSpeller(len(speller.source), len(speller.target), ARGS)
+    textbook.load_state_dict(speller.model.state_dict())
     train, test = (speller.encode(splits[split]) for split in ("train", "test"))
     words = unpad(test.sources, test.lengths)
 

@@ -14,7 +14,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 
@@ -416,39 +415,6 @@ def test_the_best_epoch_is_tested(run, out, tmp_path, monkeypatch):
         speller.model.load_state_dict(weights)
         distances.append(hw2_q3.distances(first_of(speller.greedy(pairs)), TRUE))
     assert record["final"]["greedy"]["distances"] == distances[0] != distances[1]
-
-
-DIVERGENCES = {
-    "the loss is no number": (lambda loss: loss * math.nan, 7, 2, 2),
-    "the last step's gradient is none": (lambda loss: loss + (loss * 0).sqrt(), 5, 1, 5),
-}
-
-
-@pytest.mark.parametrize(("spoil", "step", "epoch", "batch"), DIVERGENCES.values(), ids=DIVERGENCES)
-def test_divergence_is_recorded(run, out, monkeypatch, spoil, step, epoch, batch):
-    real, steps = F.cross_entropy, itertools.count(1)
-
-    def cross_entropy(*args, **kwargs):
-        loss = real(*args, **kwargs)
-        return spoil(loss) if next(steps) == step else loss
-
-    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
-    with pytest.raises(utils.UserError, match=f"epoch {epoch}, batch {batch}; .*learning rate"):
-        run()
-    (record,) = map(utils.load_record, out.glob("figures/runs/*"))
-    assert (record["diverged_in_epoch"], record["diverged_in_batch"]) == (epoch, batch)
-    assert len(record["history"].get("train_loss", [])) == epoch - 1
-    assert "final" not in record
-    assert hw2_q3.summary(record) == f"diverged in epoch {epoch}"
-
-
-@needs_cuda
-@pytest.mark.parametrize("line", ["--use_attn", BEST], ids=["report", "best"])
-def test_cuda_gives_the_same_bits_twice(run, tmp_path, line):
-    for out in "ab":
-        line += " --nucleus --beam_size 2 --device cuda"
-        run(line, "--output_dir", tmp_path / out)
-    assert_equal_runs(results(tmp_path / "a"), results(tmp_path / "b"), ("model", "best"))
 
 
 @needs_cuda

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import io
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -33,7 +34,15 @@ import hw2_q2
 import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
-from tests.conftest import SCRIPTS, assert_equal_runs, both_questions, killed_at, load_run, make_run
+from tests.conftest import (
+    SCRIPTS,
+    assert_equal_runs,
+    both_questions,
+    killed_at,
+    load_run,
+    make_run,
+    needs_cuda,
+)
 from utils import UserError
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
@@ -194,6 +203,40 @@ def test_a_killed_run_resumes_to_the_same_bits(question, commands, tmp_path, pyt
         assert_equal_runs(resumed[0], expected[0], ["model", *["best"] * (question == "q3")])
         assert resumed[1:] == expected[1:]
         shutil.rmtree(folder)
+
+
+STEPS = ("q2", 6, 3), ("q2", 9, 5), ("q3", 2, 2), ("q3", 3, 2)
+
+
+@pytest.mark.parametrize(("question", "step", "batch"), STEPS)
+def test_divergence_ends_with_one_line_and_keeps_the_epochs_before(
+    start, question, step, batch, tmp_path, monkeypatch, fails
+):
+    """A step of infinite rate ruins the weights: the next batch shows it, or the epoch's end."""
+    rate = lambda schedule, peak, i, steps: math.inf if i == step else peak  # noqa: E731
+    monkeypatch.setattr(utils, "learning_rate", rate)
+    assert f"in epoch 2, batch {batch}; try a lower learning" in fails(*start(question))
+    record, checkpoint = load_run(tmp_path / "out")
+    assert (record["diverged_in_epoch"], record["diverged_in_batch"]) == (2, batch)
+    assert "final" not in record
+    assert SCRIPTS[question].summary(record) == "diverged in epoch 2"
+    assert len(record["history"]["train_loss"]) == len(checkpoint["seconds"]) == 1
+    assert all(weights.isfinite().all() for weights in checkpoint["model"].values())
+
+
+@needs_cuda
+@pytest.mark.parametrize(("question", "line"), [moment[:2] for moment in MOMENTS])
+def test_cuda_repeats_and_resumes_with_the_same_bits(start, question, line, tmp_path):
+    main, argv = start(question)
+    argv = [*line.split(), f"{SCRIPTS[question].DASH}device", "cuda", *argv[:-1]]
+    for name in "abc":
+        if name == "c":
+            with killed_at(utils, "save_checkpoint", 2):
+                main([*argv, str(tmp_path / name)])
+        main([*argv, str(tmp_path / name)])
+    first, *others = (load_run(tmp_path / name) for name in "abc")
+    for other in others:
+        assert_equal_runs(first, other, ["model", *["best"] * (question == "q3")])
 
 
 def hold_lock(checkpoint, held):
@@ -605,18 +648,14 @@ def contents_of_files(finished_runs):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_files_that_are_fuzzed_are_good_ones(folder, contents_of_files, name):
-    read, check = FILES[name]
-    (folder / name).write_bytes(contents_of_files[name])
-    check(read(folder / name))
-
-
-@pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
 def test_fuzzed_files(folder, contents_of_files, name, data):
-    read, check = FILES[name]
-    (folder / name).write_bytes(data.draw(damaged(contents_of_files[name])))
-    if (result := read_or_refused(read, folder / name)) is not None:
+    (read, check), good = FILES[name], contents_of_files[name]
+    content = data.draw(st.just(good) | damaged(good))
+    (folder / name).write_bytes(content)
+    result = read_or_refused(read, folder / name)
+    assert result is not None or content != good
+    if result is not None:
         check(result)
 
 
@@ -644,6 +683,7 @@ LISTS = LINES.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binar
 
 @given(content=LISTS)
 def test_fuzzed_words(folder, content):
+    """As the files of a split, and as a list that is split."""
     for name in ("train.tsv", "valid.tsv", "test.tsv"):
         (folder / name).write_bytes(content)
     if data := read_or_refused(utils.load_pronunciations, folder):
@@ -652,29 +692,14 @@ def test_fuzzed_words(folder, content):
             assert all(phonemes)
             assert word == word.strip() != ""
         "\n".join(hw2_q3.audit(data)).encode()
-
-
-@given(content=LISTS)
-def test_fuzzed_lists_of_wikipron(folder, content):
-    (folder / "wiki.tsv").write_bytes(content)
     shutil.rmtree(folder / "split", ignore_errors=True)
-    argv = f"--tsv {folder / 'wiki.tsv'} --output_dir {folder / 'split'} --valid 1 --test 1"
+    argv = f"--tsv {folder / 'train.tsv'} --output_dir {folder / 'split'} --valid 1 --test 1"
     read_or_refused(prepare_pronunciations.main, [*argv.split(), "--train", "all"])
     if (folder / "split").exists():
         splits = utils.load_pronunciations(folder / "split").splits.values()
         words = [{word for _, word in pairs} for pairs in splits]
         assert all(words)
         assert sum(map(len, words)) == len(set.union(*words))
-
-
-@given(data=st.data())
-def test_fuzzed_pickles_in_intact_checkpoints(folder, contents_of_files, data):
-    good = io.BytesIO(contents_of_files["checkpoint"])
-    with zipfile.ZipFile(good) as old, zipfile.ZipFile(folder / "p.pt", "w") as new:
-        for entry in old.infolist():
-            content, is_pickle = old.read(entry), entry.filename.endswith("data.pkl")
-            new.writestr(entry, data.draw(damaged(content)) if is_pickle else content)
-    read_or_refused(read_checkpoint, folder / "p.pt")
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -684,7 +709,13 @@ JSON = st.recursive(
 
 
 @given(data=st.data(), value=JSON)
-def test_fuzzed_parts_of_checkpoints(folder, contents_of_files, data, value):
-    good = torch.load(io.BytesIO(contents_of_files["checkpoint"]))
-    torch.save(good | {data.draw(st.sampled_from(sorted(good))): value}, folder / "v.pt")
-    read_or_refused(read_checkpoint, folder / "v.pt")
+def test_fuzzed_pickles_and_parts_in_intact_checkpoints(folder, contents_of_files, data, value):
+    good = contents_of_files["checkpoint"]
+    with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(folder / "p.pt", "w") as new:
+        for entry in old.infolist():
+            content, is_pickle = old.read(entry), entry.filename.endswith("data.pkl")
+            new.writestr(entry, data.draw(damaged(content)) if is_pickle else content)
+    read_or_refused(read_checkpoint, folder / "p.pt")
+    parts = torch.load(io.BytesIO(good))
+    torch.save(parts | {data.draw(st.sampled_from(sorted(parts))): value}, folder / "p.pt")
+    read_or_refused(read_checkpoint, folder / "p.pt")
