@@ -102,11 +102,6 @@ class TextbookSpeller(hw2_q3.Seq2Seq):
         return spelling
 
 
-def copy_weights(model, textbook):
-    """Give a textbook's model the weights of ours, which come in the same order."""
-    textbook.load_state_dict(dict(zip(textbook.state_dict(), model.state_dict().values())))
-
-
 def textbook_epoch(model, optimizer, loader):
     """Train on all batches. Returns the mean loss."""
     losses = []
@@ -171,7 +166,6 @@ def make_images(count):
 def our_steps(options, count):
     """A function that trains our network of these options for `count` steps."""
     args = hw2_q2.parse_args(options)
-    utils.seed_everything(args.seed)
     model = hw2_q2.build_model(args)
     optimizer = hw2_q2.make_optimizer(model, args)
     images, labels = hw2_q2.to_device(*make_images(count * BATCH_SIZE), "cpu", args)
@@ -181,7 +175,6 @@ def our_steps(options, count):
 
 def textbook_steps(options, count):
     """A function that trains the textbook's network for `count` steps."""
-    torch.manual_seed(0)
     model = TextbookCNN(batch_norm="-no_batch_norm" not in options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     images, labels = make_images(count * BATCH_SIZE)
@@ -466,25 +459,6 @@ def draw(path, results):
 # ----------------------------------------------------------------------------------------------
 # main
 
-QUICK = {"turns": 1, "steps": 4, "words": 20, "share": 0.01}
-FULL = {"turns": 5, "steps": 100, "words": 10_000, "share": 1}
-
-
-def measure(turns, steps, words, share):
-    """All results. steps, words: how many a function trains on at once; share: of the number of
-    photographs."""
-    cores = utils.cpu_count()
-    machine, step_times = measure_steps(turns, steps, cores)
-    grid, memory = measure_grid(step_times, cores, share)
-    return {
-        "machine": utils.measured(torch.device("cpu"), []) | machine,
-        "steps": step_times,
-        "spelling": measure_spelling(turns, words, cores),
-        "scaling": measure_scaling(turns, steps, min(words, 1000)),
-        "grid": grid,
-        "memory": memory,
-    }
-
 
 def main(argv=None):
     parser = utils.Parser("python -m tests.benchmark", description=__doc__.rpartition("\n\n")[0])
@@ -492,8 +466,19 @@ def main(argv=None):
     output = {"type": Path, "metavar": "DIR", "default": utils.ROOT / "figures"}
     parser.add_argument("--output", **output, help="folder of the two files (default: figures/)")
     args = parser.parse_args(argv)
-    command = "python -m tests.benchmark" + args.quick * " --quick"
-    results = {"command": command} | measure(**(QUICK if args.quick else FULL))
+    turns, steps, words, share = (1, 4, 20, 0.01) if args.quick else (5, 100, 10_000, 1)
+    cores = utils.cpu_count()
+    machine, step_times = measure_steps(turns, steps, cores)
+    grid, memory = measure_grid(step_times, cores, share)
+    results = {
+        "command": "python -m tests.benchmark" + args.quick * " --quick",
+        "machine": utils.measured(torch.device("cpu"), []) | machine,
+        "steps": step_times,
+        "spelling": measure_spelling(turns, words, cores),
+        "scaling": measure_scaling(turns, steps, min(words, 1000)),
+        "grid": grid,
+        "memory": memory,
+    }
     utils.save_record(args.output / "benchmark.json", results)
     draw(args.output / "benchmark.png", results)
     print("\n".join(readme_table(results)))
