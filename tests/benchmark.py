@@ -448,10 +448,10 @@ def draw(path, results):
         "words": ("Question 3: greedy decoding", "Number of words"),
         "beam size": ("Question 3: beam search", "Beam size"),
     }
-    for axes, (what, (title, label)) in zip(others, panels.items()):
+    for axes, (what, (title, xlabel)) in zip(others, panels.items()):
         sizes, seconds = zip(*results["scaling"][what].items())
         axes.plot(list(map(int, sizes)), seconds, "o-", markersize=4, color=utils.BLUE)
-        axes.set(title=f"{title}, 1 thread", xlabel=label, ylabel="Time (s)")
+        axes.set(title=f"{title}, 1 thread", xlabel=xlabel, ylabel="Time (s)")
         axes.set(xlim=(0, None), ylim=(0, None))
     utils.save_figure(path, fig)
 

