@@ -229,6 +229,7 @@ def test_leaving_early_ends_the_processes_even_those_just_starting(tmp_path, mon
     late = sys.executable, "-c", f"import time; time.sleep(15); open({str(path)!r}, 'w')"
     results = utils.run_processes([(sys.executable, "-c", "pass"), late, late, late], 2)
     assert next(results).returncode == 0
+    time.sleep(0.25)  # of the others one is running and one is just starting
     results.close()
     assert not path.exists()
 
