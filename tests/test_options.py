@@ -82,8 +82,8 @@ RUNS = {  # on each line the command lines of one run
 
 
 def assert_commands_repeat_their_runs(script, args):
-    """The run's command says all that makes the run. Returns the runs' names."""
-    data, names = SimpleNamespace(name="photographs", fingerprint="0" * 12), set()
+    """The command of each run says all that makes it. Returns the runs' names."""
+    data, names = SimpleNamespace(name="photographs", fingerprint="0" * 12), []
     if script is hw2_q2:
         configs = utils.expand(args, "learning_rate", "seed")
     else:
@@ -94,7 +94,7 @@ def assert_commands_repeat_their_runs(script, args):
         assert (program, name) == ("python", f"{script.__name__}.py")
         again = script.make_run(script.parse_args(words), data)
         assert (again.name, again.command) == (run.name, run.command)
-        names.add(run.name)
+        names.append(run.name)
         for option in ("recipe", "threads", "restart", "output_dir"):
             assert f"{script.DASH}{option}" not in words
     return names
@@ -105,8 +105,9 @@ def test_each_run_has_one_name_and_its_command_repeats_it(question):
     script, names = SCRIPTS[question], set()
     lines = RUNS[question].removeprefix("\n").splitlines()
     for line in lines:
-        runs = [script.parse_args(words.split()) for words in line.split("|")]
-        [name] = set.union(*(assert_commands_repeat_their_runs(script, args) for args in runs))
+        same = [script.parse_args(words.split()) for words in line.split("|")]
+        [[name], *others] = [assert_commands_repeat_their_runs(script, args) for args in same]
+        assert all(other == [name] for other in others)
         names.add(name)
     assert len(names) == len(lines)
 

@@ -347,7 +347,7 @@ def test_the_built_in_sample_is_named(tmp_path, monkeypatch, capsys, landscapes)
     assert utils.load_record(record)["data"]["name"] == "sample"
 
 
-def test_a_finished_run_is_retrained_only_by_restart(train, capsys):
+def test_a_finished_run_is_retrained_only_by_restart(train, tmp_path, capsys):
     first = train()
     scores = capsys.readouterr().out.partition("\nValid acc")[2].splitlines()[:2]
     again = train()
@@ -362,6 +362,9 @@ def test_a_finished_run_is_retrained_only_by_restart(train, capsys):
     assert "training had the same numbers before" in output
     assert_equal_runs(first, retrained)
     assert retrained[1]["seconds"] != first[1]["seconds"]
+    next(tmp_path.glob("out/checkpoints/*.pt")).unlink()  # as in a clone, which has records alone
+    train()
+    assert "training had the same numbers before" in capsys.readouterr().out
     with killed_at(utils, "save_checkpoint", 2):
         train("-restart")
     assert_equal_runs(first, train())
