@@ -185,6 +185,14 @@ def test_an_epoch_has_the_batches_that_were_asked_for(train, monkeypatch):
     assert seen == [[11, 11, 14]] * 2 + [[11, 11, 11, 3]] * 2  # of both epochs
 
 
+def test_to_float_divides_a_copy_by_255():
+    pixels = torch.tensor([0.0, 51.0, 255.0]).view(1, 3, 1, 1).repeat(2, 1, 48, 48)
+    inputs = hw2_q2.to_float(pixels)
+    assert pixels[0, :, 0, 0].tolist() == [0, 51, 255]
+    assert inputs[1, :, 5, 7].tolist() == pytest.approx([0, 0.2, 1])
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_scrambled_pixels_are_the_courses():
     """The first row holds the colours of the first sixteen pixels, one after the other."""
     [p] = images = torch.arange(3 * 48 * 48).reshape(1, 3, 48, 48)
