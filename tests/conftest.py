@@ -1,16 +1,25 @@
 """Shared by the tests: small data, the real data where they are, helpers that run a script."""
 
+import contextlib
+import itertools
 import os
+import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+import hw2_q2
+import hw2_q3
 import utils
 from data import sample
 
+SCRIPTS = {"q2": hw2_q2, "q3": hw2_q3}
+both_questions = pytest.mark.parametrize("question", SCRIPTS)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 torch.set_num_threads(1)
 
 
@@ -95,8 +104,48 @@ def save_checkpoint(path, **changes):
     utils.write_file(path, lambda file: torch.save(content | changes, file))
 
 
+@pytest.fixture(scope="session")
+def commands(landscapes_path, tmp_path_factory):
+    """{question: the arguments of a run of four epochs that takes a second}, but for a folder."""
+    words = tmp_path_factory.mktemp("words")
+    for name in ("train", "valid", "test"):
+        text = "k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\nt ɑ p\ttop\n"
+        (words / f"{name}.tsv").write_text(text, encoding="utf-8")
+    q2 = f"-epochs 4 -threads 1 -data_path {landscapes_path} -output_dir"
+    q3 = f"--n_epochs 4 --use_attn --nucleus --hidden_size 8 --batch_size 2 --data_dir {words}"
+    return {"q2": q2.split(), "q3": [*q3.split(), "--output_dir"]}
+
+
+def load_run(folder):
+    """The record and the checkpoint of the only run in a folder."""
+    [record], [checkpoint] = folder.glob("figures/runs/*"), folder.glob("checkpoints/*.pt")
+    assert record.stem == checkpoint.stem
+    return utils.load_record(record), utils.load_checkpoint(checkpoint)
+
+
+def run_here(commands, *_):
+    """In place of utils.run_processes: train runs in this process, which takes less time."""
+    for command in commands:
+        SCRIPTS[Path(command[1]).stem.removeprefix("hw2_")].main(command[2:])
+        yield subprocess.CompletedProcess(command, 0)
+
+
 class Killed(BaseException):
     """Raised where a test wants a run to die; nothing catches it."""
+
+
+@contextlib.contextmanager
+def killed_at(owner, name, call):
+    """The run in the `with` block has to die where it calls owner.name for the call-th time."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def die_in_time(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with patch.object(owner, name, die_in_time), pytest.raises(Killed):
+        yield
 
 
 def assert_equal_runs(first, second, parts=("model",)):

@@ -1,13 +1,14 @@
-"""Runs that are killed; full disks, short memory, closed pipes; damaged and hostile files; wrong
-and random command lines. `--kills 500` and `--fuzz 100000` search for longer.
+"""Runs that are killed; full disks, short memory, closed pipes; damaged and hostile files.
+`--kills 500` and `--fuzz 100000` search for longer.
 
-kills, locks | disks, memory, output | checkpoints, records | data files | command lines | fuzzing
+kills, locks | disks, memory, output | checkpoints, records | data files | fuzzing
 """
 
 import contextlib
 import errno
 import io
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -21,13 +22,12 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -36,24 +36,18 @@ import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
 from data.image_files import read_image
-from tests.conftest import assert_equal_runs, make_run
+from tests.conftest import (
+    SCRIPTS,
+    assert_equal_runs,
+    both_questions,
+    killed_at,
+    load_run,
+    make_run,
+    needs_cuda,
+)
 from utils import UserError
 
-SCRIPTS = {"q2": hw2_q2, "q3": hw2_q3}
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals and limits")
-both_questions = pytest.mark.parametrize("question", SCRIPTS)
-
-
-@pytest.fixture(scope="module")
-def commands(landscapes_path, tmp_path_factory):
-    """{question: the arguments of a run of four epochs that takes a second}, but for a folder."""
-    words = tmp_path_factory.mktemp("words")
-    for name in ("train", "valid", "test"):
-        text = "k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\nt ɑ p\ttop\n"
-        (words / f"{name}.tsv").write_text(text, encoding="utf-8")
-    q2 = f"-epochs 4 -threads 1 -data_path {landscapes_path} -output_dir"
-    q3 = f"--n_epochs 4 --use_attn --nucleus --hidden_size 8 --batch_size 2 --data_dir {words}"
-    return {"q2": q2.split(), "q3": [*q3.split(), "--output_dir"]}
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +149,37 @@ def assert_files_are_whole(folder):
 
 def results(folder, output):
     """(record, checkpoint), lines of scores, names of files: the same for every run."""
-    [record], [checkpoint] = folder.glob("figures/runs/*"), folder.glob("checkpoints/*.pt")
     scores = [line for line in output.splitlines() if line.startswith(("Valid", "Final", "Test "))]
     assert scores
-    files = utils.load_record(record), utils.load_checkpoint(checkpoint)
-    return files, scores, {path.name for path in folder.rglob("*")}
+    return load_run(folder), scores, {path.name for path in folder.rglob("*")}
+
+
+MOMENTS = [  # question, options, function and its call at which a run dies, finished epochs
+    ("q2", "-optimizer adam", utils, "check_divergence", 8, 1),  # of 5 batches
+    ("q2", "-no_batch_norm", utils, "save_checkpoint", 2, 1),
+    ("q2", "-recipe best", utils, "store_record", 1, 4),
+    ("q3", "--layers 2 --clip 0.2", torch.optim.Adam, "step", 4, 1),  # of 2 batches
+    ("q3", "--input_feeding --beam_size 4", utils, "save_checkpoint", 3, 2),
+    ("q3", "--recipe best", utils, "store_record", 1, 4),
+]
+
+
+@pytest.mark.parametrize(("question", "line", "owner", "name", "call", "epochs"), MOMENTS)
+def test_every_kind_of_run_resumes(
+    start, question, line, owner, name, call, epochs, tmp_path, capsys
+):
+    """To the same bits as an uninterrupted one, after the epochs that it had finished."""
+    main, argv = start(question)
+    argv = [*line.split(), *argv]  # of two values the last counts
+    with killed_at(owner, name, call):
+        main(argv)
+    capsys.readouterr()
+    main(argv)
+    assert len(re.findall("Epoch +[0-9]/4", capsys.readouterr().out)) == 4 - epochs
+    main([*argv[:-1], str(tmp_path / "uninterrupted")])
+    first, second = load_run(tmp_path / "out"), load_run(tmp_path / "uninterrupted")
+    assert_equal_runs(first, second, ["model", *["best"] * (question == "q3")])
+    assert len(first[1]["seconds"]) == 4
 
 
 @posix
@@ -189,6 +209,40 @@ def test_a_killed_run_resumes_to_the_same_bits(question, commands, tmp_path, pyt
         assert_equal_runs(resumed[0], expected[0], ["model", *["best"] * (question == "q3")])
         assert resumed[1:] == expected[1:]
         shutil.rmtree(folder)
+
+
+STEPS = ("q2", 6, 3), ("q2", 9, 5), ("q3", 2, 2), ("q3", 3, 2)
+
+
+@pytest.mark.parametrize(("question", "step", "batch"), STEPS)
+def test_divergence_ends_with_one_line_and_keeps_the_epochs_before(
+    start, question, step, batch, tmp_path, monkeypatch, fails
+):
+    """A step of infinite rate ruins the weights: the next batch shows it, or the epoch's end."""
+    rate = lambda schedule, peak, i, steps: math.inf if i == step else peak  # noqa: E731
+    monkeypatch.setattr(utils, "learning_rate", rate)
+    assert f"in epoch 2, batch {batch}; try a lower learning" in fails(*start(question))
+    record, checkpoint = load_run(tmp_path / "out")
+    assert (record["diverged_in_epoch"], record["diverged_in_batch"]) == (2, batch)
+    assert "final" not in record
+    assert SCRIPTS[question].summary(record) == "diverged in epoch 2"
+    assert len(record["history"]["train_loss"]) == len(checkpoint["seconds"]) == 1
+    assert all(weights.isfinite().all() for weights in checkpoint["model"].values())
+
+
+@needs_cuda
+@pytest.mark.parametrize(("question", "line"), [moment[:2] for moment in MOMENTS])
+def test_cuda_repeats_and_resumes_with_the_same_bits(start, question, line, tmp_path):
+    main, argv = start(question)
+    argv = [*line.split(), f"{SCRIPTS[question].DASH}device", "cuda", *argv[:-1]]
+    for name in "abc":
+        if name == "c":
+            with killed_at(utils, "save_checkpoint", 2):
+                main([*argv, str(tmp_path / name)])
+        main([*argv, str(tmp_path / name)])
+    first, *others = (load_run(tmp_path / name) for name in "abc")
+    for other in others:
+        assert_equal_runs(first, other, ["model", *["best"] * (question == "q3")])
 
 
 def hold_lock(checkpoint, held):
@@ -250,14 +304,13 @@ def test_a_full_disk_costs_no_finished_epoch(
     assert "Resuming after epoch 1" in capsys.readouterr().out
 
 
-DISK_ERRORS = [("q2", errno.ENOSPC), ("q3", errno.EROFS), ("q3", errno.EACCES), ("q3", errno.EIO)]
-
-
-@pytest.mark.parametrize(("question", "code"), DISK_ERRORS)
-def test_a_folder_that_cannot_be_written(start, question, code, monkeypatch, tmp_path, fails):
-    monkeypatch.setattr(utils, "_replace", Mock(side_effect=OSError(code, os.strerror(code))))
-    assert f"cannot be written ([Errno {code}]" in fails(*start(question))
-    assert contents(tmp_path / "out") == {}
+@both_questions
+def test_a_folder_that_cannot_be_written(start, question, monkeypatch, tmp_path, fails):
+    for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO):
+        replace = Mock(side_effect=OSError(code, os.strerror(code)))
+        monkeypatch.setattr(utils, "_replace", replace)
+        assert f"cannot be written ([Errno {code}]" in fails(*start(question))
+        assert contents(tmp_path / "out") == {}
 
 
 @both_questions
@@ -270,16 +323,13 @@ def test_a_file_where_a_folder_should_be(start, question, name, tmp_path, fails)
     assert path.read_text() == "mine"
 
 
-def test_an_allocation_that_no_machine_can_make(fails):
-    assert "out of memory; reduce batch size" in fails(lambda argv: torch.empty(2**50), [])
-
-
 OUT_OF_MEMORY = [
     MemoryError(),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    lambda *_: torch.empty(2**50),  # which no machine has
 ]
 BUGS = [
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
@@ -290,10 +340,10 @@ BUGS = [
 
 
 @both_questions
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
-def test_short_memory_in_training_ends_with_one_line(start, question, error, monkeypatch, fails):
-    monkeypatch.setattr(utils, "learning_rate", Mock(side_effect=error))
-    assert "out of memory; reduce batch size or network" in fails(*start(question))
+def test_short_memory_in_training_ends_with_one_line(start, question, monkeypatch, fails):
+    for error in OUT_OF_MEMORY:
+        monkeypatch.setattr(utils, "learning_rate", Mock(side_effect=error))
+        assert "out of memory; reduce batch size or network" in fails(*start(question))
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=repr)
@@ -504,35 +554,6 @@ def test_what_is_not_there_is_named_and_not_made(main, line, fails, monkeypatch,
 
 
 # ----------------------------------------------------------------------------------------------
-# command lines
-
-WRONG_VALUES = "-1", "nan", "inf", "1e400", "9" * 30, "0x10", "many", "1 2", " "
-OPTIONS = [  # those that take a number or a name
-    (script.main, action.option_strings[0])
-    for script in SCRIPTS.values()
-    for action in script.make_parser()._actions
-    if action.option_strings and (action.choices or action.type not in (None, Path))
-]
-OPTIONS += [(prepare_pronunciations.main, name) for name in ("--train", "--valid", "--test")]
-OPTIONS += [(main, "--seed") for main in (prepare_landscapes.main, prepare_pronunciations.main)]
-
-
-@pytest.mark.parametrize(("main", "name"), OPTIONS)
-def test_a_wrong_value_is_refused_by_name_with_the_right_ones(main, name, fails):
-    for value in WRONG_VALUES:
-        line = fails(main, [name, value])
-        assert f"argument {name}: " in line
-        assert re.search(r"is not (an integer|a number) in [\[(].+, .+[\])]|choose from", line)
-
-
-@pytest.mark.parametrize("line", ["-leaning_rate 0.1", "-epochs", "--use_att", "--beam_siz 5"])
-def test_unknown_and_incomplete_options_are_named(line, fails):
-    message = fails((hw2_q3 if line.startswith("--") else hw2_q2).main, line.split())
-    assert line.split()[0] in message
-    assert "-h lists the options" in message
-
-
-# ----------------------------------------------------------------------------------------------
 # fuzzing: every input is read, or refused by UserError
 
 
@@ -635,19 +656,16 @@ FILES = {  # name: (how it is read, what then is true)
 
 
 @pytest.fixture(scope="module")
-def contents_of_files(finished_runs):
-    """{name: the content of a good file}."""
+def contents_of_files(finished_runs, folder):
+    """{name: the content of a file, which is a good one}."""
     [record], [checkpoint] = finished_runs.glob("*/runs/q3-*"), finished_runs.glob("*/q3-*.pt")
     made = {"arrays": in_memory(np.savez, **ARRAYS), "archive": in_memory(make_archive)}
     written = {"record": record.read_bytes(), "checkpoint": checkpoint.read_bytes()}
-    return IMAGES | made | written
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_the_files_that_are_fuzzed_are_good_ones(folder, contents_of_files, name):
-    read, check = FILES[name]
-    (folder / name).write_bytes(contents_of_files[name])
-    check(read(folder / name))
+    files = IMAGES | made | written
+    for name, (read, check) in FILES.items():
+        (folder / name).write_bytes(files[name])
+        check(read(folder / name))
+    return files
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -708,16 +726,6 @@ def test_fuzzed_lists_of_pronunciations(folder, content, segment):
         assert sum(map(len, words)) == len(set.union(*words))
 
 
-@given(data=st.data())
-def test_fuzzed_pickles_in_intact_checkpoints(folder, contents_of_files, data):
-    good = io.BytesIO(contents_of_files["checkpoint"])
-    with zipfile.ZipFile(good) as old, zipfile.ZipFile(folder / "p.pt", "w") as new:
-        for entry in old.infolist():
-            content, is_pickle = old.read(entry), entry.filename.endswith("data.pkl")
-            new.writestr(entry, data.draw(damaged(content)) if is_pickle else content)
-    read_or_refused(read_checkpoint, folder / "p.pt")
-
-
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 JSON = st.recursive(
     LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x)
@@ -725,45 +733,13 @@ JSON = st.recursive(
 
 
 @given(data=st.data(), value=JSON)
-def test_fuzzed_parts_of_checkpoints(folder, contents_of_files, data, value):
-    good = torch.load(io.BytesIO(contents_of_files["checkpoint"]))
-    torch.save(good | {data.draw(st.sampled_from(sorted(good))): value}, folder / "v.pt")
-    read_or_refused(read_checkpoint, folder / "v.pt")
-
-
-PARSERS = {"q2": hw2_q2.parse_args, "q3": hw2_q3.parse_args}
-PARSERS["landscapes"] = prepare_landscapes.parse_args
-PARSERS["pronunciations"] = prepare_pronunciations.parse_args
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
-WORDS = [name for s in SCRIPTS.values() for name in s.make_parser()._option_string_actions]
-WORDS += ["--archive", "--tsv", "--language", "--train", "--valid", "--keep", "-learning_rat"]
-WORDS += ["best", "resnet", "flip", "mirror", "one_cycle", "g2p", "train", "test", "spell", "all"]
-WORDS += ["48", "0.5", "-1", "nan", "1e999", "9" * 400, "", "-", "--", "=", "\u202e", "1 2", "-\n"]
-
-
-@pytest.mark.parametrize("name", PARSERS)
-@example(words=["-recipe", "best", "-seed", "1", "2", "-augment"])
-@example(words=["-model", "resnet", "-recipe", "best", "-momentum", "0"])
-@example(words=["--recipe", "best", "--ensemble", "--seed", "1", "2"])
-@example(words=["--direction", "g2p", "--use_attn", "--input_feeding", "--clip", "2"])
-@given(words=st.lists(st.sampled_from(WORDS) | TEXT | st.integers().map(str), max_size=6))
-def test_fuzzed_command_lines(name, words):
-    try:
-        args = read_or_refused(PARSERS[name], words)
-    except SystemExit as stop:  # after the help text
-        assert stop.code == 0
-    else:
-        if args and name in SCRIPTS:
-            assert_commands_repeat_their_runs(SCRIPTS[name], args)
-
-
-def assert_commands_repeat_their_runs(script, args):
-    data = SimpleNamespace(name="photographs", fingerprint="0" * 12)
-    if script is hw2_q2:
-        configs = utils.expand(args, "learning_rate", "seed")
-    else:
-        configs = [*hw2_q3.members(args), *[args] * args.ensemble]
-    for config in configs:
-        run = script.make_run(config, data)
-        again = script.make_run(script.parse_args(run.command.split()[2:]), data)
-        assert (again.name, again.command) == (run.name, run.command)
+def test_fuzzed_pickles_and_parts_in_intact_checkpoints(folder, contents_of_files, data, value):
+    good = contents_of_files["checkpoint"]
+    with zipfile.ZipFile(io.BytesIO(good)) as old, zipfile.ZipFile(folder / "p.pt", "w") as new:
+        for entry in old.infolist():
+            content, is_pickle = old.read(entry), entry.filename.endswith("data.pkl")
+            new.writestr(entry, data.draw(damaged(content)) if is_pickle else content)
+    read_or_refused(read_checkpoint, folder / "p.pt")
+    parts = torch.load(io.BytesIO(good))
+    torch.save(parts | {data.draw(st.sampled_from(sorted(parts))): value}, folder / "p.pt")
+    read_or_refused(read_checkpoint, folder / "p.pt")
