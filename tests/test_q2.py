@@ -18,6 +18,7 @@ from torch import nn
 import hw2_q2
 import utils
 from data import ship
+from figures.report_q2 import load_thumbnails
 from tests.benchmark import TextbookCNN
 from tests.conftest import DATA, assert_equal_runs, killed_at, load_run, needs_cuda, save_checkpoint
 from utils import CLASSES
@@ -462,6 +463,22 @@ def photos(tmp_path, landscapes):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     (folder / "notes.txt").write_text("not an image")
     return folder
+
+
+def test_a_clone_classifies_with_its_own_network(tmp_path, capsys):
+    """The photographs in the report's figures, as recorded; without data and without a training."""
+    record = utils.load_record(
+        next(utils.ROOT.glob("figures/runs/q2-resnet-lr0.1-seed2-*870ba559*"))
+    )
+    errors = record["analysis"]["confident_errors"]
+    for i, image in enumerate(load_thumbnails()[: len(errors)]):
+        Image.fromarray(image.numpy()).save(tmp_path / f"{i:02}.png")
+    hw2_q2.main(["-predict", str(tmp_path), "-json", "-output_dir", str(tmp_path), *CPU])
+    output = capsys.readouterr()
+    assert "pretrained/q2.pt (validation accuracy 0.90" in Path(output.err).as_posix()
+    for answer, (_, _, predicted, probability) in zip(json.loads(output.out), errors, strict=True):
+        assert answer["class"] == CLASSES[predicted]
+        assert answer["probabilities"][answer["class"]] == pytest.approx(probability, abs=0.02)
 
 
 @pytest.fixture
