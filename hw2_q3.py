@@ -3,7 +3,7 @@
     python hw2_q3.py --use_attn --nucleus            train with attention, test, also by sampling
     python hw2_q3.py                                 train and test without attention
     python hw2_q3.py test --use_attn --beam_size 5   test the trained model with beam search
-    python hw2_q3.py spell "h ə l oʊ" "w ɝ l d"      spell your own IPA
+    python hw2_q3.py spell "/həˈloʊ/" "W ER1 L D"    spell your own IPA, or ARPAbet
     python hw2_q3.py --use_attn --direction g2p      the other direction: pronounce written words
 
 Test CER / WER, greedy, mean ± standard deviation over 3 seeds: 0.216 ± 0.006 / 0.736 ± 0.013 with

@@ -152,6 +152,18 @@ def test_commands_in_the_documents_parse(name):
             parse(arguments)
 
 
+def test_the_readmes_answers_are_those_of_spell(tmp_path, capsys):
+    command, pasted = re.search(
+        r"    python hw2_q3.py (spell .*)\n\n((?:    .*\n)+)", README
+    ).groups()
+    hw2_q3.main([*shlex.split(command), "--device", "cpu", "--output_dir", str(tmp_path)])
+    rows = [line.strip().split("\t") for line in pasted.splitlines()]
+    answers = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    for row, answer in zip(rows, answers, strict=True):
+        assert (row[:2], row[3:]) == (answer[:2], answer[3:])
+        assert float(row[2]) == pytest.approx(float(answer[2]), abs=0.01)
+
+
 def test_readme_says_what_the_records_took():
     """Of the experiments on the original and on its claims."""
     minutes, memory = {"q2": [], "q3": []}, 0
