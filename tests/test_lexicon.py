@@ -1,7 +1,11 @@
 """Word lists, and the spellings that they re-rank."""
 
+import contextlib
+import io
 import math
+import shutil
 import sys
+from unittest import mock
 
 import pytest
 
@@ -101,21 +105,67 @@ def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
     assert hw2_q3.fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
 
 
-def test_a_lexicon_at_test_is_scored_and_recorded(tmp_path, capsys, fails):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny model that was tested with a list of two of its three words: folder, list, output."""
+    folder, output = tmp_path_factory.mktemp("trained"), io.StringIO()
     for name in ("train", "valid", "test"):
-        (tmp_path / f"{name}.tsv").write_text("k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\n", "utf-8")
-    words = write(tmp_path, "cat\ncup\n")
-    argv = f"--n_epochs 2 --hidden_size 8 --data_dir {tmp_path} --output_dir {tmp_path}".split()
-    hw2_q3.main([*argv, "--lexicon", words])
-    lines = capsys.readouterr().out.splitlines()
-    [path] = tmp_path.glob("figures/runs/*.json")
+        (folder / f"{name}.tsv").write_text("k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\n", "utf-8")
+    words = write(folder, "cat\ncup\n")
+    with contextlib.redirect_stdout(output):
+        hw2_q3.main([*argv(folder), "--lexicon", words])
+    return folder, words, output.getvalue().splitlines()
+
+
+def argv(folder):
+    line = f"--n_epochs 40 --lr 0.01 --dropout 0 --hidden_size 16 --data_dir {folder}"
+    return [*line.split(), "--output_dir", str(folder)]
+
+
+def test_a_lexicon_at_test_is_scored_and_recorded(trained, capsys, fails):
+    folder, words, lines = trained
+    [path] = folder.glob("figures/runs/*.json")
     scores = utils.load_record(path)["final"]["lexicon"]
     assert (scores["name"], scores["source"], scores["size"]) == (words, "words.txt", 30)
     assert scores["listed"] == [1, 0, 1]
     assert "Beam search, size 30, re-ranked by words.txt:" in lines
-    assert f"Test WER@3: {scores['wer@3']:.4f}" == lines[lines.index("Record: " + str(path)) - 1]
-    hw2_q3.main(["test", *argv])  # keeps them
+    assert f"Test WER@3: {scores['wer@3']:.4f}" == lines[lines.index(f"Record: {path}") - 1]
+    hw2_q3.main(["test", *argv(folder)])  # keeps them
     assert utils.load_record(path)["final"]["lexicon"] == scores
-    assert "--lexicon lists written words" in fails(
-        hw2_q3.main, ["--direction", "g2p", "--lexicon", words]
-    )
+    line = fails(hw2_q3.main, ["--direction", "g2p", "--lexicon", words])
+    assert "--lexicon lists written words" in line
+
+
+def spell(folder, capsys, *options):
+    capsys.readouterr()
+    hw2_q3.main(["spell", "kæt", "dɔɡ", "--output_dir", str(folder), *options])
+    return capsys.readouterr()
+
+
+def test_spell_uses_the_list_of_the_test_and_marks_what_is_not_listed(trained, capsys, tmp_path):
+    folder, _, _ = trained
+    output = spell(folder, capsys)
+    assert "(words.txt, 2 words)" in output.err
+    assert [line.split("\t")[1:] for line in output.out.splitlines()] == [
+        ["cat", mock.ANY], ["dog", mock.ANY, "not listed: dog"],
+    ]  # fmt: skip
+    plain = spell(folder, capsys, "--lexicon", "none")
+    assert "Words:" not in plain.err
+    assert plain.out == output.out.replace("\tnot listed: dog", "")
+    other = write(tmp_path, "dug\t1000000000\ndog\t1\n")  # without recorded weights
+    assert "dog" in spell(folder, capsys, "--lexicon", other, "--beam_size", "2").out
+    assert "Words:" not in spell(folder, capsys, "--nucleus").err
+
+
+def test_a_recorded_list_that_is_gone_is_named_and_one_that_is_asked_for_is_an_error(
+    trained, capsys, tmp_path, fails
+):
+    folder, words, _ = trained
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (folder / "words.txt").rename(folder / "moved.txt")
+    try:
+        assert "Spelling without a list of words: " in spell(copy, capsys).err
+        line = fails(hw2_q3.main, ["spell", "kæt", "--output_dir", copy, "--lexicon", words])
+        assert "words.txt" in line
+    finally:
+        (folder / "moved.txt").rename(folder / "words.txt")
