@@ -12,6 +12,8 @@ import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import utils
+
 SEEDS = (42, 1, 2, 3, 4)
 Record = dict[str, Any]
 Records = dict[str, list[Record]]  # by experiment's label
@@ -214,11 +216,19 @@ def plot_forest(axes: Axes, rows: list[tuple], original_label: str = "original")
     axes.grid(axis="y", visible=False)
 
 
-def plot_against_time(
-    axes: Axes, points: dict[str, tuple], styles: dict[str, dict], ensembles: Iterable[str] = ()
-) -> None:
-    """A mark for each run of {label: (minutes, values)}. ensembles: labels that combine seeds."""
-    for (label, (times, values)), marker in zip(points.items(), "osD^vP<>"):
-        style = {"color": styles[label]["color"], "markersize": 6, "alpha": 0.8}
-        name = label if label in ensembles else with_seeds(label, values)
-        axes.plot(times, values, marker, label=name, **style)
+def plot_dots(axes: Axes, groups: dict[str, Sequence[float]]) -> None:
+    """For each {label: a value per run}, downwards, a dot per run and a bar at the mean."""
+    for y, values in enumerate(groups.values()):
+        axes.plot(values, [y] * len(values), "o", color=utils.BLUE, markersize=5, alpha=0.6)
+        axes.plot(statistics.mean(values), y, "|", color="black", markersize=12)
+    names = [with_seeds(x, v) if len(v) > 1 else x for x, v in groups.items()]
+    axes.set_yticks(range(len(groups)), names)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+def mark_original(axes: Axes, value: float) -> None:
+    """Draw the original's value as a vertical line with its name."""
+    axes.axvline(value, color="0.4", linestyle="--")
+    where = {"xytext": (3, 3), "textcoords": "offset points", "fontsize": 8}
+    axes.annotate("original", (value, 0), xycoords=("data", "axes fraction"), rotation=90, **where)

@@ -415,7 +415,7 @@ SIZE_COLUMNS = "parameters", PRODUCTS, LATE, EPOCH, SECONDS
 KERNEL_COLUMNS = (
     FIELD, "parameters", PRODUCTS, SECONDS, LATE, "test", "training - validation", "runs",
 )  # fmt: skip
-MAIN_COLUMNS = "parameters", "minutes of training", "validation", "test", NO_TTA, "runs"
+MAIN_COLUMNS = "parameters", "epochs", "validation", "test", NO_TTA, "runs"
 
 
 def values_of(column: str, records: list[Record]) -> list[float]:
@@ -429,8 +429,8 @@ def cell(column: str, runs: list[Record]) -> str:
         return mean_sd(values_of(column, runs))
     if column == "parameters":
         return f"{runs[0]['parameters']:,}"
-    if column == "minutes of training":
-        return f"{statistics.mean(map(common.minutes, runs)):.1f}"
+    if column == "epochs":
+        return str(len(runs[0]["history"]["val_accuracy"]))
     if column in (FIELD, PRODUCTS):
         model = script.build_model(script.parse_args(runs[0]["command"].split()[2:]))
         field, products = receptive_field(model), multiply_adds(model)
@@ -682,19 +682,19 @@ def draw_running_mean(records: list[Record]) -> Figure | None:
 
 
 def draw_main_results(records: Records) -> Figure | None:
-    """Test accuracy against training time, a mark per run, and the original's best accuracy."""
-    points = {
-        label: (list(map(common.minutes, runs)), [accuracy(run, "test") for run in runs])
+    """Test accuracies, a dot per run, and the original's best accuracy."""
+    groups = {
+        label: [accuracy(run, "test") for run in runs]
         for label in MAIN_RESULTS
         if (runs := scored(records[label]))
     }
-    fig, axes = utils.new_figure(5.0, 3.6)
-    common.plot_against_time(axes, points, LINE_STYLES)
-    original = ORIGINAL[VARIANT][1]
-    axes.axhline(original, color="0.4", linestyle="--", label=f"original, {original:.4f}")
-    axes.set(xlabel="Training time (minutes)", ylabel="Test accuracy", xlim=(0, None))
-    common.legend_above(fig, axes)
-    return fig if points else None
+    if not groups:
+        return None
+    fig, axes = utils.new_figure(5.6, 2.4)
+    common.plot_dots(axes, groups)
+    common.mark_original(axes, ORIGINAL[VARIANT][1])
+    axes.set(xlabel="Test accuracy")
+    return fig
 
 
 def draw_calibration(records: Records) -> Figure | None:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 from rapidfuzz.distance import Levenshtein
 
 import hw2_q3 as script
@@ -214,16 +213,6 @@ def mean_error(runs: list[Record], decoding: str, measure: str) -> str:
     return mean_sd([error(run, decoding, measure) for run in runs])
 
 
-def training_minutes(records: Records, label: str) -> list[float]:
-    """The training time of each of an experiment's runs; of an ensemble, its members' together,
-    nan if a record is missing."""
-    if label not in MEMBERS:
-        return list(map(common.minutes, records[label]))
-    took = {parse_command(run).seed: common.minutes(run) for run in records[MEMBERS[label]]}
-    seeds = (parse_command(run).seed for run in records[label])
-    return [sum(took.get(seed, math.nan) for seed in members) for members in seeds]
-
-
 # ----------------------------------------------------------------------------------------------
 # tables: Markdown, None without runs
 
@@ -325,10 +314,8 @@ def results_table(records: Records, labels: Iterable[str]) -> str | None:
     rows = []
     for label in labels:
         if runs := records[label]:
-            minutes = np.mean(training_minutes(records, label))
-            took = "–" if math.isnan(minutes) else f"{minutes:.1f}"
-            rows.append([label, f"{runs[0]['parameters']:,}", took, *results(runs), len(runs)])
-    return markdown_table(("model", "parameters", "minutes", *RESULT_COLUMNS, "runs"), rows)
+            rows.append([label, f"{runs[0]['parameters']:,}", *results(runs), len(runs)])
+    return markdown_table(("model", "parameters", *RESULT_COLUMNS, "runs"), rows)
 
 
 def steps_table(records: Records) -> str | None:
@@ -338,11 +325,10 @@ def steps_table(records: Records) -> str | None:
         valid = common.by_seed(records[label], lambda run: min(run["history"]["val_cer"]))
         if runs := records[label]:
             change = "" if before is None else common.difference(valid, before)
-            took = f"{np.mean(training_minutes(records, label)):.1f}"
             values = mean_sd(list(valid.values()))
-            rows.append([label, took, values, change, *results(runs), len(runs)])
+            rows.append([label, values, change, *results(runs), len(runs)])
         before = valid
-    head = "model", "minutes", "validation CER", "change", *RESULT_COLUMNS, "runs"
+    head = "model", "validation CER", "change", *RESULT_COLUMNS, "runs"
     return markdown_table(head, rows)
 
 
@@ -442,24 +428,17 @@ def draw_lengths(
 
 
 def draw_main_results(records: Records) -> Figure | None:
-    """Test CER and WER, beam search, against training time, a mark per run, and the original's;
-    None without runs beyond the original's."""
+    """Test WER, greedy with the original's, and of a beam, a dot per run; None without runs beyond
+    the original's."""
     shown = [label for label in MAIN_RESULTS if records[label]]
     if not set(shown) - {ATTENTION}:
         return None
-    fig, panels = utils.new_figure(5.0, 6.0, 2, 1, sharex=True)
-    for axes, measure, original in zip(panels, ("cer", "wer"), ORIGINAL[ATTENTION, "greedy"]):
-        points = {}
-        for label in shown:
-            errors = [error(run, "beam", measure) for run in records[label]]
-            points[label] = training_minutes(records, label), errors
-        common.plot_against_time(axes, points, LINE_STYLES, MEMBERS)
-        axes.axhline(original, color="0.4", linestyle="--", label="original, greedy")
-        axes.set(ylabel=f"Test {measure.upper()}, beam of {BEAM_SIZE}", xscale="log")
-    ticks = panels[1].xaxis
-    ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ticks.set_major_formatter("{x:g}")
-    ticks.set_minor_formatter("")
-    panels[1].set(xlabel="Training time (minutes)")
-    common.legend_above(fig, panels[0])
+    fig, panels = utils.new_figure(5.6, 4.4, 2, 1, sharex=True)
+    for axes, decoding in zip(panels, ("greedy", "beam")):
+        groups = {label: [error(run, decoding, "wer") for run in records[label]] for label in shown}
+        common.plot_dots(axes, groups)
+        axes.set(title=DECODINGS[decoding])
+    original = ORIGINAL[ATTENTION, "greedy"][1]
+    common.mark_original(panels[0], original)
+    panels[1].set(xlabel="Test WER")
     return fig
