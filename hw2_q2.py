@@ -2,7 +2,7 @@
 
     python hw2_q2.py -learning_rate 0.01                   batch norm + global average pooling
     python hw2_q2.py -learning_rate 0.01 -no_batch_norm    the plain network
-    python hw2_q2.py -recipe best                          the same network, trained better
+    python hw2_q2.py -recipe best -precision bfloat16      the same network, trained better
     python hw2_q2.py -count_params                         trainable parameters, layer by layer
     python hw2_q2.py -predict beach.jpg holiday/           classify your own images
 
@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -463,7 +464,7 @@ def make_run(args: Namespace, data: utils.Landscapes) -> utils.Run:
     network = "resnet" if args.model == "resnet" else cnn
     pixels = "" if args.pixels == "ordered" else f"-{args.pixels}"
     title = f"q2-{network}-lr{args.learning_rate:g}{pixels}-seed{args.seed}-{data.name}"
-    command = " ".join(["python hw2_q2.py", *utils.to_argv(DASH, arguments)])
+    command = shlex.join(["python", "hw2_q2.py", *utils.to_argv(DASH, arguments)])
     identity = arguments, {"name": data.name, "fingerprint": data.fingerprint}, TRAINING_VERSION
     return utils.Run(title, command, *identity, args.epochs, args.output_dir)
 
@@ -528,7 +529,7 @@ def load_network(path: Path, device: Any = "cpu") -> tuple[Classifier, Namespace
     """A checkpoint's network, ready to predict, its arguments and its content. Raises UserError."""
     saved = utils.load_checkpoint(path, device)
     with utils.checkpoint_errors(f"{path}: not a network of question 2"):
-        args = parse_args(saved["command"].split()[2:])
+        args = parse_args(shlex.split(saved["command"])[2:])
         model = build_model(args).to(device)
         model.load_state_dict(saved["model"])
         rank(saved)

@@ -18,6 +18,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import sys
 import time
 from argparse import Namespace
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 import utils
 from data import notation, sample
-from data.lexicon import Lexicon, load_lexicon
+from data.lexicon import Reranker, fit_reranker, load_lexicon
 from utils import Pronunciations, Run, UserError
 
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -535,52 +536,11 @@ def score_candidates(
 
 
 # ----------------------------------------------------------------------------------------------
-# lexicon
-
-LEXICON_BEAM = 30  # candidates that are re-ranked, or --beam_size, if that is more
-WEIGHTS = [i / 20 for i in range(11)]
-PENALTIES = [i / 2 for i in range(31)]
-
-
-class Reranker(NamedTuple):
-    """Adds what a list of words knows of a spelling to its log p(spelling | phonemes)."""
-
-    lexicon: Lexicon
-    weight: float  # of a word's log frequency
-    penalty: float  # of a word that is not listed, which can still win
-
-    def score(self, spelling: str, log_prob: float) -> float:
-        """The score by which candidates are sorted."""
-        frequency = self.lexicon.log_frequency(spelling)
-        return log_prob + (-self.penalty if frequency is None else self.weight * frequency)
-
-    def rerank(self, candidates: list[list[tuple]]) -> list[list[tuple]]:
-        """Each word's candidates (spelling, log-probability), sorted by their scores."""
-        return [sorted(row, key=lambda c: self.score(*c), reverse=True) for row in candidates]
-
-
-def fit_reranker(candidates: list[list[tuple]], true: list[str], lexicon: Lexicon) -> Reranker:
-    """The Reranker whose weight and penalty are chosen by WER on these words.
-
-    Among all weights whose WER is within one standard error of the lowest (Breiman et al. 1984,
-    section 3.4.3) the largest: words of a dictionary are mostly rare, words that people want to
-    spell are mostly frequent.
-    """
-    errors = {}
-    for weights in itertools.product(WEIGHTS, PENALTIES):
-        ranked = Reranker(lexicon, *weights).rerank(candidates)
-        errors[weights] = wer([row[0][0] for row in ranked], true)
-    lowest = min(errors.values())
-    limit = lowest + math.sqrt(lowest * (1 - lowest) / len(true))
-    weight = max(weight for (weight, _), error in errors.items() if error <= limit)
-    return Reranker(lexicon, *min((pair for pair in errors if pair[0] == weight), key=errors.get))
-
-
-# ----------------------------------------------------------------------------------------------
 # training
 
 TRAINING_VERSION = 2  # raised when a change alters the results of training
 DATA_DIR = utils.ROOT / "data"
+PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
 
 
 def train(args: Namespace, run: Run, data: Pronunciations, device: torch.device) -> None:
@@ -733,7 +693,7 @@ def make_run(args: Namespace, data: Pronunciations) -> Run:
     model = f"{'g2p-' if is_g2p(args) else ''}{'attn' if args.use_attn else 'plain'}"
     seeds = "ensemble" if args.ensemble else f"seed{args.seed}"
     title = f"q3-{model}-lr{args.lr:g}-{seeds}-{data.name}"
-    command = " ".join(["python hw2_q3.py", *utils.to_argv(DASH, arguments)])
+    command = shlex.join(["python", "hw2_q3.py", *utils.to_argv(DASH, arguments)])
     about = identity, {"name": data.name, "fingerprint": data.fingerprint}, TRAINING_VERSION
     return Run(title, command, *about, args.n_epochs, args.output_dir, checkpoint_file(args))
 
@@ -764,6 +724,7 @@ def summary(record: dict[str, Any]) -> str:
 # ----------------------------------------------------------------------------------------------
 # testing
 
+LEXICON_BEAM = 30  # candidates that a list re-ranks, or --beam_size, if that is more
 N_SAMPLES = 10  # samples per word; WER@k counts the first k
 N_EXAMPLES = 10  # words printed with several spellings
 N_ATTENTION = 4  # words of the attention figure
@@ -800,7 +761,7 @@ def load_speller(
     Raises UserError, also if it has another than the given direction."""
     saved = utils.load_checkpoint(path, device)
     with utils.checkpoint_errors(f"{path}: not a model of question 3"):
-        args = parse_args(saved["command"].split()[2:])
+        args = parse_args(shlex.split(saved["command"])[2:])
         source = Vocabulary(saved["symbols"]["source"], not is_g2p(args))
         target = Vocabulary(saved["symbols"]["target"], is_g2p(args))
         "".join(source.symbols + target.symbols)  # raises TypeError unless all are strings
@@ -839,7 +800,9 @@ def is_finished(run: Run, args: Namespace) -> dict[str, Any]:
         same &= beam.get("size") == args.beam_size
         same &= f"wer@{min(args.k, args.beam_size)}" in beam
     if args.lexicon:
-        same &= final.get("lexicon", {}).get("name") == args.lexicon
+        lexicon, size = final.get("lexicon", {}), max(LEXICON_BEAM, args.beam_size or 0)
+        same &= (lexicon.get("name"), lexicon.get("size")) == (args.lexicon, size)
+        same &= f"wer@{min(args.k, size)}" in lexicon
     return record if same else {}
 
 
@@ -960,8 +923,6 @@ def plot_attention(args: Namespace, record: dict[str, Any]) -> Any:
 # ----------------------------------------------------------------------------------------------
 # spelling
 
-PRETRAINED = DATA_DIR / "pretrained" / "q3.pt"  # a model of all of WikiPron's US English
-
 
 DEFAULT_WEIGHTS = 0.4, 10.5  # of a list for which a model has no recorded ones: PRETRAINED's
 
@@ -1020,7 +981,7 @@ def choose_speller(
 
     def rank(saved):
         is_same, is_real = saved["data"][key] == value, saved["data"]["name"] != "sample"
-        is_other = is_g2p(parse_args(saved["command"].split()[2:])) != is_g2p(args)
+        is_other = is_g2p(parse_args(shlex.split(saved["command"])[2:])) != is_g2p(args)
         if is_other or not (is_same if args.data_dir else is_real):
             return None
         return is_same, -float(min(saved["history"]["val_cer"]))

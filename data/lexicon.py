@@ -2,6 +2,8 @@
 
 A list is a language of the package `wordfreq` (Speer 2022, doi.org/10.5281/zenodo.7199437), such as
 'en', or a file with a word on each line, optionally followed by a TAB and a count.
+
+lists | re-ranking
 """
 
 import itertools
@@ -10,11 +12,15 @@ import unicodedata
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import utils
 from utils import UserError
 
 MAX_WORDS = 10**7
+
+# ----------------------------------------------------------------------------------------------
+# lists
 
 
 @dataclass(frozen=True)
@@ -78,3 +84,45 @@ def read_counts(path: Path) -> dict[str, float]:
     if not counts:
         raise UserError(f"{path}: has no words")
     return counts
+
+
+# ----------------------------------------------------------------------------------------------
+# re-ranking
+
+WEIGHTS = [i / 20 for i in range(11)]
+PENALTIES = [i / 2 for i in range(31)]
+
+
+class Reranker(NamedTuple):
+    """Adds what a list of words knows of a spelling to its log p(spelling | phonemes)."""
+
+    lexicon: Lexicon
+    weight: float  # of a word's log frequency
+    penalty: float  # of a word that is not listed, which can still win
+
+    def score(self, spelling: str, log_prob: float) -> float:
+        """The score by which candidates are sorted."""
+        frequency = self.lexicon.log_frequency(spelling)
+        return log_prob + (-self.penalty if frequency is None else self.weight * frequency)
+
+    def rerank(self, candidates: list[list[tuple]]) -> list[list[tuple]]:
+        """Each word's candidates (spelling, log-probability), sorted by their scores."""
+        return [sorted(row, key=lambda c: self.score(*c), reverse=True) for row in candidates]
+
+
+def fit_reranker(candidates: list[list[tuple]], true: list[str], lexicon: Lexicon) -> Reranker:
+    """The Reranker whose weight and penalty are chosen by WER on these words.
+
+    Among all weights whose WER is within one standard error of the lowest (Breiman et al. 1984,
+    section 3.4.3) the largest: words of a dictionary are mostly rare, words that people want to
+    spell are mostly frequent.
+    """
+    errors = {}
+    for weights in itertools.product(WEIGHTS, PENALTIES):
+        ranked = Reranker(lexicon, *weights).rerank(candidates)
+        wrong = sum(row[0][0] != word for row, word in zip(ranked, true))
+        errors[weights] = wrong / len(true)
+    lowest = min(errors.values())
+    limit = lowest + math.sqrt(lowest * (1 - lowest) / len(true))
+    weight = max(weight for (weight, _), error in errors.items() if error <= limit)
+    return Reranker(lexicon, *min((pair for pair in errors if pair[0] == weight), key=errors.get))

@@ -104,6 +104,12 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
+def describe_difference(values: dict[int, float], baseline: dict[int, float]) -> str:
+    """`difference`, with the number of pairs."""
+    pairs = len(values.keys() & baseline.keys())
+    return f"{difference(values, baseline)}, {pairs} pair{'s' * (pairs != 1)} of seeds"
+
+
 def by_seed(records: list[Record], measure: Callable[[Record], float]) -> dict[int, float]:
     """{seed: a measure of its run}, of the runs that did not diverge."""
     return {r["arguments"].get("seed", SEEDS[0]): measure(r) for r in scored(records)}

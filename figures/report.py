@@ -9,6 +9,7 @@ options | records | training | writing
 
 import fnmatch
 import itertools
+import re
 import statistics
 import sys
 from argparse import Namespace
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 from matplotlib.figure import Figure
+from torch import Tensor
 from tqdm import tqdm
 
 import utils
@@ -94,6 +96,11 @@ class Dataset(NamedTuple):
 
     name: str
     fingerprint: str = ""
+
+
+OURS = {  # the data of the records on which the template's sentences rest
+    "q2": Dataset("photographs", "c9e7154bf0dd"), "q3": Dataset("pronunciations", "3821d4ae01c3"),
+}  # fmt: skip
 
 
 def load_records(folder: Path) -> ByName:
@@ -268,6 +275,7 @@ def write_report(folder: Path, figure_format: str) -> None:
             return NOT_TRAINED
         utils.save_figure(folder / f"{name}.{figure_format}", fig)
         caption = f"**Figure {next(numbers)}.** {finding}. *{drawn}.*"
+        drawn = re.sub(r" \(\[.*?\)\)", "", drawn)  # links are for the caption
         return f"![{drawn}]({name}.{figure_format})\n\n{caption}"
 
     def show(value):
@@ -279,7 +287,12 @@ def write_report(folder: Path, figure_format: str) -> None:
         "q2": find_records(report_q2, records),
         "q3": {label: scored(runs) for label, runs in find_records(report_q3, records).items()},
     }
-    fields["original"] = draw_original(fields["records"])
+    fields["thumbnails"] = report_q2.load_thumbnails(folder / "thumbnails.png")
+    fields["original"] = draw_original(fields["records"], fields["thumbnails"])
+    fields["is_ours"] = all(
+        choose_dataset(question, question.EXPERIMENTS[0], records) == OURS[key]
+        for key, question in QUESTIONS.items()
+    )
     fields["trials"] = {key: trials_table(key, folder / "trials") for key in QUESTIONS}
     strict = {"undefined": jinja2.StrictUndefined, "keep_trailing_newline": True}
     template = jinja2.Environment(finalize=show, **strict).from_string(
@@ -289,16 +302,17 @@ def write_report(folder: Path, figure_format: str) -> None:
     utils.write_file(folder / "README.md", lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def draw_original(records: dict[str, Records]) -> Figure:
-    """A photograph and the same one scrambled; below, all of the original's accuracies and error
-    rates against this report's intervals."""
+def draw_original(records: dict[str, Records], thumbnails: Tensor) -> Figure:
+    """A photograph, the last thumbnail, and the same one scrambled; below, all of the original's
+    accuracies and error rates against this report's intervals."""
     rows = {key: question.forest_rows(records[key]) for key, question in QUESTIONS.items()}
     heights = [6, *(len(part) + 1 for part in rows.values())]
     fig = utils.new_figure(5.6, 7.2, 3, 1, height_ratios=heights)[0]
     grid = fig.axes[0].get_gridspec()
     fig.axes[0].remove()
-    columns = grid[0].subgridspec(1, 4, width_ratios=(1, 2, 2, 1))
-    report_q2.show_scrambled(fig.add_subplot(columns[i]) for i in (1, 2))
+    if len(thumbnails):
+        columns = grid[0].subgridspec(1, 4, width_ratios=(1, 2, 2, 1))
+        report_q2.show_scrambled((fig.add_subplot(columns[i]) for i in (1, 2)), thumbnails[-1])
     for axes, part, xlabel in zip(fig.axes, rows.values(), ("Accuracy", "Test error rate")):
         common.plot_forest(axes, part)
         axes.set(xlabel=xlabel)
@@ -350,7 +364,8 @@ def main(argv: list[str] | None = None) -> None:
         args = report_q2.script.parse_args([])
         args.data_path = options.data_path
         found = find_records(report_q2, load_records(folder / "runs"))
-        report_q2.save_thumbnails(report_q2.THUMBNAILS, found, report_q2.script.load_data(args))
+        data = report_q2.script.load_data(args)
+        report_q2.save_thumbnails(folder / "thumbnails.png", found, data)
     if not options.dry_run:
         write_report(folder, options.format)
         print(f"Report: {folder / 'README.md'}")

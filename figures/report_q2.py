@@ -5,6 +5,7 @@ experiments | analysis | measures of a record | tables | figures
 
 import functools
 import math
+import shlex
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -275,21 +276,28 @@ def size_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
 # ----------------------------------------------------------------------------------------------
 # thumbnails: the few photographs that the figures show, beside each other in one PNG file
 
+SHIPPED_SEED = 2  # of BEST_RESNET: the network in data/pretrained
 SHOWN = 1469  # the test image, a mountain, that is also shown scrambled
-THUMBNAILS = utils.ROOT / "figures" / "thumbnails.png"
+
+
+def shipped_errors(records: Records) -> list[list]:
+    """The confident errors of the shipped network, [] without its record."""
+    runs = common.by_seed(records[BEST_RESNET], lambda run: run["analysis"].get("confident_errors"))
+    return runs.get(SHIPPED_SEED) or []
 
 
 def save_thumbnails(path: Path, records: Records, data: utils.Landscapes) -> None:
     """Write the test images of the shipped network's confident errors and, last, SHOWN."""
-    [*_, shipped] = records[BEST_RESNET]
-    indices = [row[0] for row in shipped["analysis"]["confident_errors"]] + [SHOWN]
+    indices = [row[0] for row in shipped_errors(records)] + [SHOWN]
     sheet = data.splits["test"][0][indices].permute(2, 0, 3, 1).flatten(1, 2)  # (48, N * 48, 3)
     utils.write_file(path, lambda file: Image.fromarray(sheet.numpy()).save(file))
 
 
-def load_thumbnails() -> Tensor:
-    """The images of THUMBNAILS, uint8 (N, 48, 48, 3)."""
-    with Image.open(THUMBNAILS) as image:
+def load_thumbnails(path: Path) -> Tensor:
+    """The images that `save_thumbnails` wrote, uint8 (N, 48, 48, 3); none without the file."""
+    if not path.exists():
+        return torch.empty(0, utils.SIZE, utils.SIZE, 3, dtype=torch.uint8)
+    with Image.open(path) as image:
         return torch.from_numpy(np.array(image)).unflatten(1, (-1, utils.SIZE)).transpose(0, 1)
 
 
@@ -350,6 +358,12 @@ def calibration_error(record: Record) -> float:
     images (Guo et al. 2017, section 2)."""
     rows = [row for row in record["analysis"]["calibration"] if row[0]]
     return sum(n * abs(p - correct) for n, p, correct in rows) / sum(n for n, _, _ in rows)
+
+
+def compare(records: Records, label: str, base: str, column: str) -> str:
+    """The difference of a column of MEASURES between two experiments, paired by seed."""
+    values, baseline = (common.by_seed(records[x], MEASURES[column]) for x in (label, base))
+    return common.describe_difference(values, baseline)
 
 
 def seed_spread(records: Records, split: str) -> common.Spread:
@@ -432,7 +446,7 @@ def cell(column: str, runs: list[Record]) -> str:
     if column == "epochs":
         return str(len(runs[0]["history"]["val_accuracy"]))
     if column in (FIELD, PRODUCTS):
-        model = script.build_model(script.parse_args(runs[0]["command"].split()[2:]))
+        model = script.build_model(script.parse_args(shlex.split(runs[0]["command"])[2:]))
         field, products = receptive_field(model), multiply_adds(model)
         return f"{field} x {field}" if column == FIELD else f"{products / 1e6:.1f}"
     if column == EPOCH:
@@ -642,23 +656,23 @@ def forest_rows(records: Records) -> list[tuple]:
     return rows
 
 
-def show_scrambled(panels: Iterable[Axes]) -> None:
-    """Show a photograph, and the same one scrambled, in two panels."""
-    image = load_thumbnails()[-1:].permute(0, 3, 1, 2)
-    versions = {"a photograph": image, "the same, scrambled": script.scramble_pixels(image)}
+def show_scrambled(panels: Iterable[Axes], image: Tensor) -> None:
+    """Show an image, uint8 (48, 48, 3), and the same one scrambled, in two panels."""
+    scrambled = script.scramble_pixels(image.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
+    versions = {"a photograph": image, "the same, scrambled": scrambled}
     for axes, (title, version) in zip(panels, versions.items()):
-        axes.imshow(version[0].permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.imshow(version.numpy(), interpolation="nearest")
         axes.set_title(title)
         axes.axis("off")
 
 
-def draw_confident_errors(records: list[Record]) -> Figure | None:
+def draw_confident_errors(records: Records, thumbnails: Tensor) -> Figure | None:
     """The most confident errors of the shipped network, with true and predicted class."""
-    errors = scored(records)[-1]["analysis"].get("confident_errors") if scored(records) else None
-    if not errors:
+    errors = shipped_errors(records)
+    if len(thumbnails) != len(errors) + 1 or not errors:
         return None
     fig, grid = utils.new_figure(5.6, 4.6, 4, 6)
-    for axes, image, (_, true, guess, probability) in zip(grid.flat, load_thumbnails(), errors):
+    for axes, image, (_, true, guess, probability) in zip(grid.flat, thumbnails, errors):
         axes.imshow(image.numpy(), interpolation="nearest")
         axes.axis("off")
         names = utils.CLASSES[true], utils.CLASSES[guess]

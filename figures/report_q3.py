@@ -5,6 +5,7 @@ experiments | analysis | measures of a record | tables | figures
 
 import itertools
 import math
+import shlex
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -187,7 +188,7 @@ def count_edits(
 
 def parse_command(record: Record) -> Namespace:
     """The arguments that a record's command gives."""
-    return script.parse_args(record["command"].split()[2:])
+    return script.parse_args(shlex.split(record["command"])[2:])
 
 
 def error(
@@ -206,6 +207,14 @@ def interval(runs: list[Record], decoding: str, measure: str) -> tuple[float, fl
     """The 95 % prediction interval for a new run's error rate on the same test words."""
     errors = [error(run, decoding, measure) for run in runs]
     return common.prediction_interval(errors, common.pooled_spread([errors]))
+
+
+def compare(records: Records, label: str, base: str, decoding: str, measure: str) -> str:
+    """The difference of an error rate between two experiments, paired by seed."""
+    values, baseline = (
+        common.by_seed(records[x], lambda run: error(run, decoding, measure)) for x in (label, base)
+    )
+    return common.describe_difference(values, baseline)
 
 
 def mean_error(runs: list[Record], decoding: str, measure: str) -> str:

@@ -5,6 +5,7 @@ import io
 import math
 import shutil
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,14 +19,14 @@ ROWS = [[("remander", -0.5), ("remainder", -1.0), ("Remainder", -1.2), ("remaynd
 LIST = Lexicon("x", "x.txt", {"remainder": math.log(0.75), "the": math.log(0.25)})
 
 
-def write(tmp_path, content):
-    path = tmp_path / "words.txt"
+def write(tmp_path, content, name="words.txt"):
+    path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
 
 
 def first(weight, penalty):
-    return hw2_q3.Reranker(LIST, weight, penalty).rerank(ROWS)[0][0][0]
+    return lexicon.Reranker(LIST, weight, penalty).rerank(ROWS)[0][0][0]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_reranking_by_hand():
     assert first(0, 0.6) == "remainder"  # -1.1
     assert first(1, 0.6) == "remander"  # against -1 + ln 0.75 = -1.29
     assert first(1, 1) == "remainder"
-    [row] = hw2_q3.Reranker(LIST, 0, 1).rerank(
+    [row] = lexicon.Reranker(LIST, 0, 1).rerank(
         ROWS
     )  # a capital counts as listed; ties keep their order
     assert row == [ROWS[0][1], ROWS[0][2], ROWS[0][0], ROWS[0][3]]
@@ -99,10 +100,10 @@ def test_reranking_by_hand():
 def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
     listed = Lexicon("x", "x", {"sea": math.log(0.5), "see": math.log(0.5)})
     rows = [[("sie", -0.5), ("sea", -1.75)]] * 10
-    reranker = hw2_q3.fit_reranker(rows, ["sea"] * 10, listed)
+    reranker = lexicon.fit_reranker(rows, ["sea"] * 10, listed)
     assert reranker.rerank(rows)[0][0][0] == "sea"
-    assert reranker.weight == max(hw2_q3.WEIGHTS)  # every weight has a penalty with the same WER
-    assert hw2_q3.fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
+    assert reranker.weight == max(lexicon.WEIGHTS)  # every weight has a penalty with the same WER
+    assert lexicon.fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def trained(tmp_path_factory):
     folder, output = tmp_path_factory.mktemp("trained"), io.StringIO()
     for name in ("train", "valid", "test"):
         (folder / f"{name}.tsv").write_text("k æ t\tcat\nd ɔ ɡ\tdog\nk ʌ p\tcup\n", "utf-8")
-    words = write(folder, "cat\ncup\n")
+    words = write(folder, "cat\ncup\n", "my words.txt")
     with contextlib.redirect_stdout(output):
         hw2_q3.main([*argv(folder), "--lexicon", words])
     return folder, words, output.getvalue().splitlines()
@@ -126,9 +127,9 @@ def test_a_lexicon_at_test_is_scored_and_recorded(trained, capsys, fails):
     folder, words, lines = trained
     [path] = folder.glob("figures/runs/*.json")
     scores = utils.load_record(path)["final"]["lexicon"]
-    assert (scores["name"], scores["source"], scores["size"]) == (words, "words.txt", 30)
+    assert (scores["name"], scores["source"], scores["size"]) == (words, "my words.txt", 30)
     assert scores["listed"] == [1, 0, 1]
-    assert "Beam search, size 30, re-ranked by words.txt:" in lines
+    assert "Beam search, size 30, re-ranked by my words.txt:" in lines
     assert f"Test WER@3: {scores['wer@3']:.4f}" == lines[lines.index(f"Record: {path}") - 1]
     hw2_q3.main(["test", *argv(folder)])  # keeps them
     assert utils.load_record(path)["final"]["lexicon"] == scores
@@ -145,7 +146,7 @@ def spell(folder, capsys, *options):
 def test_spell_uses_the_list_of_the_test_and_marks_what_is_not_listed(trained, capsys, tmp_path):
     folder, _, _ = trained
     output = spell(folder, capsys)
-    assert "(words.txt, 2 words)" in output.err
+    assert "(my words.txt, 2 words)" in output.err
     assert [line.split("\t")[1:] for line in output.out.splitlines()] == [
         ["cat", mock.ANY], ["dog", mock.ANY, "not listed: dog"],
     ]  # fmt: skip
@@ -162,10 +163,10 @@ def test_a_recorded_list_that_is_gone_is_named_and_one_that_is_asked_for_is_an_e
 ):
     folder, words, _ = trained
     copy = shutil.copytree(folder, tmp_path / "copy")
-    (folder / "words.txt").rename(folder / "moved.txt")
+    Path(words).rename(folder / "moved.txt")
     try:
         assert "Spelling without a list of words: " in spell(copy, capsys).err
         line = fails(hw2_q3.main, ["spell", "kæt", "--output_dir", copy, "--lexicon", words])
-        assert "words.txt" in line
+        assert "my words.txt" in line
     finally:
-        (folder / "moved.txt").rename(folder / "words.txt")
+        (folder / "moved.txt").rename(words)

@@ -471,7 +471,8 @@ def test_a_clone_classifies_with_its_own_network(tmp_path, capsys):
         next(utils.ROOT.glob("figures/runs/q2-resnet-lr0.1-seed2-*870ba559*"))
     )
     errors = record["analysis"]["confident_errors"]
-    for i, image in enumerate(load_thumbnails()[: len(errors)]):
+    thumbnails = load_thumbnails(utils.ROOT / "figures" / "thumbnails.png")
+    for i, image in enumerate(thumbnails[: len(errors)]):
         Image.fromarray(image.numpy()).save(tmp_path / f"{i:02}.png")
     hw2_q2.main(["-predict", str(tmp_path), "-json", "-output_dir", str(tmp_path), *CPU])
     output = capsys.readouterr()

@@ -214,13 +214,15 @@ def test_thumbnails_show_the_most_confident_errors(tmp_path, monkeypatch, landsc
     log_probs = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8], [0.6, 0.4]]).log()
     rows = q2.confident_errors(log_probs, torch.tensor([0, 0, 0, 1]), count=2)
     assert rows == [[2, 0, 1, 0.8], [1, 0, 1, 0.7]]
-    records = {q2.BEST_RESNET: [{"final": {}, "analysis": {"confident_errors": rows}}]}
-    monkeypatch.setattr(q2, "THUMBNAILS", tmp_path / "thumbnails.png")
+    run = {"arguments": {"seed": 2}, "final": {}, "analysis": {"confident_errors": rows}}
+    other = {"arguments": {"seed": 3}, "final": {}, "analysis": {}}
+    records, path = {q2.BEST_RESNET: [run, other]}, tmp_path / "thumbnails.png"
+    assert q2.draw_confident_errors(records, q2.load_thumbnails(path)) is None
     monkeypatch.setattr(q2, "SHOWN", 5)
-    q2.save_thumbnails(q2.THUMBNAILS, records, landscapes)
+    q2.save_thumbnails(path, records, landscapes)
     images = landscapes.splits["test"][0][[2, 1, 5]].permute(0, 2, 3, 1)
-    assert torch.equal(q2.load_thumbnails(), images)
-    titles = [axes.get_title() for axes in q2.draw_confident_errors(records[q2.BEST_RESNET]).axes]
+    assert torch.equal(q2.load_thumbnails(path), images)
+    titles = [axes.get_title() for axes in q2.draw_confident_errors(records, images).axes]
     assert titles[:3] == ["buildings\nforest, 0.80", "buildings\nforest, 0.70", ""]
 
 
@@ -285,6 +287,7 @@ def committed(tmp_path):
     """A folder with a copy of the committed records."""
     for name in ("runs", "trials"):
         shutil.copytree(FIGURES / name, tmp_path / "figures" / name)
+    shutil.copy(FIGURES / "thumbnails.png", tmp_path / "figures")
     return tmp_path
 
 
@@ -300,8 +303,8 @@ def test_the_committed_report_is_that_of_the_committed_records(committed):
     text = written.pop("README.md").decode()
     assert text == (FIGURES / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\(([\w-]+\.png)\)", text))
-    others = {"benchmark.png", "thumbnails.png"}  # not drawn from records
-    assert written.keys() == named == {path.name for path in FIGURES.glob("*.png")} - others
+    assert written.keys() == named | {"thumbnails.png"}
+    assert written.keys() == {path.name for path in FIGURES.glob("*.png")} - {"benchmark.png"}
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
