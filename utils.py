@@ -980,6 +980,10 @@ def new_figure(
 
 def save_figure(path: Path, fig: Figure) -> None:
     """Write `fig` in the format of the path's suffix, without the date: the same bytes again."""
+    fig.draw_without_rendering()
+    fig.set_layout_engine("none")  # whose last digits vary
+    for axes in fig.axes:
+        axes.set_position(np.round(axes.get_position(original=True).bounds, 6))
     date = {".pdf": "CreationDate", ".svg": "Date"}.get(path.suffix)
     write_file(path, lambda file: fig.savefig(file, metadata={date: None} if date else None))
 
