@@ -532,6 +532,7 @@ def load_network(path: Path, device: Any = "cpu") -> tuple[Classifier, Namespace
         args = parse_args(shlex.split(saved["command"])[2:])
         model = build_model(args).to(device)
         model.load_state_dict(saved["model"])
+        utils.require_finite(model)
         rank(saved)
     return model.eval(), args, saved
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import utils
 from data import notation, sample
-from data.lexicon import Reranker, fit_reranker, load_lexicon
+from data.lexicon import Reranker, Weights, fit_reranker, from_record, load_lexicon, to_record
 from utils import Pronunciations, Run, UserError
 
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -658,6 +658,7 @@ def load_data(args: Namespace) -> Pronunciations:
     if args.data_dir or (folder / "train.tsv").exists():
         data, place = utils.load_pronunciations(folder), Path(os.path.abspath(folder))
         is_named = place.parent.samefile(DATA_DIR) and place.name != "sample"
+        is_named &= place.name.isprintable()
         return Pronunciations(data.splits, place.name) if is_named else data
     print(
         "No train.tsv found: training on the built-in SAMPLE, words of the CMU dictionary.\n"
@@ -768,6 +769,7 @@ def load_speller(
         model = build_model(args, source, target).to(device)
         model.load_state_dict(saved["best"])
         float(min(saved["history"]["val_cer"]))  # raises unless there are numbers
+        utils.require_finite(model)
     if direction not in (None, args.direction):
         raise UserError(f"{path}: was trained with the other --direction")
     return Speller(model.eval(), source, target), args, saved
@@ -833,9 +835,10 @@ def score_lexicon(speller: Speller, data: Pronunciations, args: Namespace) -> di
     val, test = (speller.encode(directed_pairs(args, data, split)) for split in ("val", "test"))
     val_beam, test_beam = (speller.beam(pairs, size, args.max_len) for pairs in (val, test))
     reranker = fit_reranker(val_beam, val.spellings, lexicon)
-    ranked, true, k = reranker.rerank(test_beam), test.spellings, min(args.k, size)
+    true, k = test.spellings, min(args.k, size)
+    ranked = [[c[:2] for c in row] for row in reranker.rerank(test_beam)]
     about = {"name": lexicon.name, "source": lexicon.source, "size": size}
-    about |= {"weight": reranker.weight, "penalty": reranker.penalty}
+    about["weights"] = to_record(reranker)
     about["listed"] = [int(lexicon.log_frequency(word) is not None) for word in true]
     examples = [[w, [[s, round(x, 3)] for s, x in row[:k]]] for w, row in zip(true, ranked)]
     scores = score_candidates(spellings(ranked), true, k)
@@ -876,9 +879,8 @@ def print_scores(final: dict[str, Any], args: Namespace, data_name: str) -> None
         print_beam(final["beam"])
     if args.lexicon:
         scores = final["lexicon"]
-        weight, penalty = f"{scores['weight']:g}", f"{scores['penalty']:g}"
-        print(f"Beam search, size {scores['size']}, re-ranked by {scores['source']}:")
-        print(f"log-probability + {weight} x log frequency, or - {penalty} if not listed")
+        weights = ", ".join(f"{name} {value}" for name, value in scores["weights"].items())
+        print(f"Beam search, size {scores['size']}, re-ranked by {scores['source']}: {weights}")
         print_beam(scores)
 
 
@@ -922,9 +924,6 @@ def plot_attention(args: Namespace, record: dict[str, Any]) -> Any:
 
 # ----------------------------------------------------------------------------------------------
 # spelling
-
-
-DEFAULT_WEIGHTS = 0.4, 10.5  # of a list for which a model has no recorded ones: PRETRAINED's
 
 
 class Candidate(NamedTuple):
@@ -1002,24 +1001,36 @@ def choose_reranker(
 ) -> Reranker | None:
     """The list of --lexicon, or the one with which the model was tested, with the weights that were
     chosen then; None with 'none', for sampling, or without a list. Raises UserError."""
-    recorded = {}
-    for folder in (args.output_dir, utils.ROOT):  # a clone has the shipped model's record
-        config = Namespace(**vars(trained) | {"output_dir": folder})
-        record = utils.load_record(make_run(config, Namespace(**about_data)).record)
-        recorded = recorded or record.get("final", {}).get("lexicon", {})
-    name = args.lexicon or recorded.get("name")
-    if name in (None, "none") or is_g2p(args) or args.nucleus:
+    if args.lexicon == "none" or is_g2p(args) or args.nucleus:
+        return None
+    recorded = recorded_lexicon(args, trained, about_data)
+    name = recorded.get("name") if args.lexicon is None else args.lexicon
+    if name is None:
         return None
     try:
         lexicon = load_lexicon(name)
     except UserError as error:
-        if args.lexicon:
+        if args.lexicon is not None:
             raise
         print(f"Spelling without a list of words: {error}", file=sys.stderr)
         return None
-    is_recorded = recorded.get("name") == name
-    weights = (recorded["weight"], recorded["penalty"]) if is_recorded else DEFAULT_WEIGHTS
-    return Reranker(lexicon, *weights)
+    return Reranker(lexicon, recorded["weights"] if recorded.get("name") == name else Weights())
+
+
+def recorded_lexicon(
+    args: Namespace, trained: Namespace, about_data: dict[str, str]
+) -> dict[str, Any]:
+    """The name and the weights of the list with which a model was tested, or {}."""
+    for folder in (args.output_dir, utils.ROOT):  # a clone has the shipped model's record
+        config = Namespace(**vars(trained) | {"output_dir": folder})
+        path = make_run(config, Namespace(**about_data)).record
+        try:
+            with utils.user_errors(f"{path}: its list of words is not used"):
+                if found := utils.load_record(path).get("final", {}).get("lexicon"):
+                    return {"name": str(found["name"]), "weights": from_record(found["weights"])}
+        except UserError as error:
+            print(error, file=sys.stderr)
+    return {}
 
 
 def answer_lines(
@@ -1043,16 +1054,18 @@ def decode(
     readings: list[tuple], speller: Speller, reranker: Reranker | None, args: Namespace,
     generator: torch.Generator,
 ) -> list[list[tuple]]:  # fmt: skip
-    """Candidates (spelling, log-probability) of words, by the decoding that was asked for."""
+    """Candidates (spelling, log-probability, score) of words, by the decoding asked for."""
     pairs = speller.encode([(reading, "") for reading in readings])
     if reranker:
         beam = speller.beam(pairs, max(LEXICON_BEAM, args.beam_size or 1), args.max_len)
-        return [row[: args.beam_size or 1] for row in reranker.rerank(beam)]
+        return reranker.rerank(beam)
     if args.beam_size:
-        return speller.beam(pairs, args.beam_size, args.max_len)
-    if args.nucleus:
-        return speller.sample(pairs, args.topp, args.k, generator, args.max_len)
-    return speller.greedy(pairs, args.max_len)
+        rows = speller.beam(pairs, args.beam_size, args.max_len)
+    elif args.nucleus:
+        rows = speller.sample(pairs, args.topp, args.k, generator, args.max_len)
+    else:
+        rows = speller.greedy(pairs, args.max_len)
+    return [[(spelling, log_prob, log_prob) for spelling, log_prob in row] for row in rows]
 
 
 def choose_candidates(
@@ -1061,12 +1074,11 @@ def choose_candidates(
 ) -> list[Candidate]:  # fmt: skip
     """The best candidates of a text, from the next of `rows`, one for each reading of each word."""
 
-    def candidate(reading, spelling, log_prob):
-        score, unlisted = log_prob, ()
-        if reranker:
-            score = reranker.score(spelling, log_prob)
-            is_listed = reranker.lexicon.log_frequency(spelling) is not None
-            unlisted = () if is_listed else (spelling,)
+    shown = args.k if args.nucleus else args.beam_size or 1
+
+    def candidate(reading, spelling, log_prob, score):
+        is_listed = not reranker or reranker.lexicon.log_frequency(spelling) is not None
+        unlisted = () if is_listed else (spelling,)
         is_cut = len(speller.target.split(spelling)) == args.max_len  # then it has no END
         read = (speller.source.join(reading),)
         return Candidate(read, (spelling,), log_prob, score, unlisted, is_cut)
@@ -1074,9 +1086,9 @@ def choose_candidates(
     best = [Candidate((), (), 0.0, 0.0, (), 0)]
     for word in text.words:
         found = [candidate(reading, *c) for reading, row in zip(word, rows) for c in row]
-        found = best_of(found, max(len(word), len(found) // len(word)))
+        found = best_of(found, shown)
         sums = (Candidate(*map(operator.add, a, b)) for a, b in itertools.product(best, found))
-        best = best_of(sums, max(len(best), len(found)))
+        best = best_of(sums, shown)
     return best if text.words else []
 
 
@@ -1224,6 +1236,12 @@ def validate_args(args: Namespace) -> None:
         args.lexicon = None
     if is_g2p(args) and args.lexicon not in (None, "none"):
         raise UserError("--lexicon lists written words; --direction g2p writes phonemes")
+    if (
+        args.mode == "spell"
+        and args.nucleus
+        and (args.beam_size or args.lexicon not in (None, "none"))
+    ):
+        raise UserError("spell: give either --nucleus, or --beam_size and --lexicon")
     if args.hidden_size % 2:
         raise UserError("--hidden_size must be even: each direction of the encoder has half of it")
     if args.input_feeding and not args.use_attn:

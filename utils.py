@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import errno
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -200,7 +201,10 @@ def to_argv(dash: str, arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-USER_ERRNOS = errno.EPIPE, errno.ENOSPC, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS
+USER_ERRNOS = (
+    errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.EACCES,
+    errno.EPERM, errno.EROFS,
+)  # fmt: skip
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -232,7 +236,12 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
-        if error.errno in (errno.EPIPE, errno.ENOSPC):  # of the output, which is flushed at exit
+        if error.errno in (
+            errno.EPIPE,
+            errno.ENOSPC,
+            errno.EFBIG,
+            errno.EIO,
+        ):  # of the output, which is flushed at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # as in `... | head`
             sys.exit(1)
@@ -622,6 +631,9 @@ def _check_parts(content: Any, /, **kinds: type) -> None:
         isinstance(content.get(name), kind) for name, kind in kinds.items()
     ):
         raise ValueError("parts are missing")
+    final, seconds = content.get("final", {}), content.get("measured", {}).get("seconds", [])
+    if not isinstance(final, dict) or not isinstance(seconds, list):
+        raise ValueError("its scores or times have another form")
     data = content["data"]
     if data.keys() != {"name", "fingerprint"} or not all(map(str.isprintable, data.values())):
         raise ValueError("its data are not named")
@@ -727,9 +739,17 @@ def load_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
         kinds |= {"history": dict, "seconds": list, "model": dict, "optimizer": dict}
         _check_parts(content, **kinds)
         lengths = {len(column) for column in content["history"].values()}
-        if not lengths <= {len(content["seconds"])}:
+        if lengths != ({len(content["seconds"])} if content["seconds"] else set()):
             raise ValueError("its history is incomplete")
+        json.dumps([content[name] for name in ("arguments", "history")])  # TypeError for tensors
+        sum(content["seconds"])  # TypeError unless they are numbers
     return content
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise ValueError if a weight is not a finite number."""
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise ValueError("a weight is not a finite number")
 
 
 @contextlib.contextmanager
@@ -770,13 +790,17 @@ def note_shorter_run(run: Run) -> None:
     def options(arguments):
         return {k: v for k, v in arguments.items() if k not in ("epochs", "n_epochs")}
 
-    for path in run.record.parent.glob(f"{run.title}-*.json"):
-        record = load_record(path)
+    for path in run.record.parent.glob(f"{glob.escape(run.title)}-*.json"):
+        record = {}
+        with contextlib.suppress(UserError):  # another run's damaged record is no concern of this
+            record = load_record(path)
+        if not record:
+            continue
         epochs = len(record["measured"].get("seconds", ()))
         same = options(record["arguments"]) == options(run.arguments) and record["data"] == run.data
         if same and record.get("final") and 0 < epochs < run.epochs:
-            print(f"{path.stem} is finished with {epochs} epochs. This run starts from scratch:")
-            print("its schedule depends on the number of epochs")
+            print(f"Finished with fewer epochs ({epochs}): {path.stem}")
+            print("This run starts from scratch; runs of other lengths are not continued")
 
 
 def discard_checkpoint(run: Run) -> None:

@@ -8,16 +8,19 @@ lists | re-ranking
 
 import itertools
 import math
+import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 import utils
 from utils import UserError
 
 MAX_WORDS = 10**7
+Row = list[tuple[str, float]]  # a word's candidates (spelling, log-probability)
 
 # ----------------------------------------------------------------------------------------------
 # lists
@@ -25,15 +28,17 @@ MAX_WORDS = 10**7
 
 @dataclass(frozen=True)
 class Lexicon:
-    """Words, in lower case, and the natural logarithms of their relative frequencies."""
+    """Words and the natural logarithms of their relative frequencies."""
 
     name: str  # as the user gave it: a language or a file
     source: str  # such as 'wordfreq 3.1.1'
     log_frequencies: dict[str, float]
 
     def log_frequency(self, word: str) -> float | None:
-        """A word's log frequency, with or without a capital first letter; None if not listed."""
-        return self.log_frequencies.get(word[:1].lower() + word[1:])
+        """A word's log frequency; of a capitalised word that is not listed that of the word without
+        its capital, for most lists have none. None if it is not listed."""
+        lower = word[:1].lower() + word[1:]
+        return self.log_frequencies.get(word, self.log_frequencies.get(lower))
 
 
 def load_lexicon(name: str) -> Lexicon:
@@ -45,7 +50,7 @@ def load_lexicon(name: str) -> Lexicon:
     try:
         import wordfreq
     except ImportError:
-        raise UserError(f"no file {name}; for wordfreq's lists of words: pip install wordfreq")
+        raise UserError(f"no file {name!r}; for wordfreq's lists of words: pip install wordfreq")
     languages = sorted(wordfreq.available_languages("best"))
     if name not in languages:
         raise UserError(f"{name!r} is no file and no language of wordfreq: {' '.join(languages)}")
@@ -54,31 +59,33 @@ def load_lexicon(name: str) -> Lexicon:
 
 
 def _normalised(name: str, source: str, counts: dict[str, float]) -> Lexicon:
-    total = math.log(sum(counts.values()))
-    return Lexicon(name, source, {word: math.log(n) - total for word, n in counts.items()})
+    total = sum(counts.values())
+    if total == math.inf:
+        raise UserError(f"{name}: its counts are too large")
+    log_frequencies = {word: math.log(count) - math.log(total) for word, count in counts.items()}
+    return Lexicon(name, source, log_frequencies)
 
 
 def read_counts(path: Path) -> dict[str, float]:
-    """{word in lower case: summed count} of a UTF-8 file; a word without a count counts 1. Raises
-    UserError, naming file and line."""
+    """{word: summed count} of a UTF-8 file; a word without a count counts 1. Raises UserError,
+    naming file and line."""
     counts = {}
     with open(path, encoding="utf-8-sig") as file:
         for i, line in enumerate(itertools.islice(file, MAX_WORDS + 1), 1):
-            word, _, count = line.rstrip("\r\n").partition("\t")
-            word = unicodedata.normalize("NFC", word.strip()).lower()
             if i > MAX_WORDS:
                 raise UserError(f"{path}: has more than {MAX_WORDS:,} words")
             if len(line) > utils.MAX_SYMBOLS:
                 problem = f"a line of more than {utils.MAX_SYMBOLS:,} characters"
                 raise UserError(f"{path}, line {i}: {problem}")
+            word, _, count = line.rstrip("\r\n").partition("\t")
+            word = unicodedata.normalize("NFC", word.strip())
             try:
                 number = float(count or 1)
             except ValueError:
                 number = math.nan
-            if not (word or not count) or not 0 < number < math.inf:
-                raise UserError(
-                    f"{path}, line {i}: expected a word, or a word, TAB, a count above 0"
-                )
+            is_other = re.search(r"[,; ]\s*[\d.]+$", word)  # a count, but no TAB
+            if not 0 < number < math.inf or (count and not word) or is_other:
+                raise UserError(f"{path}, line {i}: expected a word, or a word, TAB and a count")
             if word:
                 counts[word] = counts.get(word, 0) + number
     if not counts:
@@ -89,40 +96,89 @@ def read_counts(path: Path) -> dict[str, float]:
 # ----------------------------------------------------------------------------------------------
 # re-ranking
 
-WEIGHTS = [i / 20 for i in range(11)]
-PENALTIES = [i / 2 for i in range(31)]
+
+@dataclass(frozen=True)
+class Weights:
+    """How a list changes the scores of spellings. The defaults are those of the shipped model."""
+
+    frequency: float = 0.5  # times the log frequency of a listed word
+    unlisted: float = 13.0  # taken from a word that is not listed, which can still win
+    capital: float = 0.5  # taken from a listed word with a capital that the list does not have
+    margin: float = 4.0  # a spelling less probable than the best by more is not considered
 
 
-class Reranker(NamedTuple):
-    """Adds what a list of words knows of a spelling to its log p(spelling | phonemes)."""
+GRID = [
+    Weights(*values)
+    for values in itertools.product(
+        [i / 10 for i in range(6)], range(15, -1, -1), (0.0, 0.5, 1.0), (3.0, 4.0, 5.0, math.inf)
+    )
+]
+
+
+def features(candidates: list[Row], lexicon: Lexicon) -> tuple[np.ndarray, ...]:
+    """Of words' candidates, best first, arrays (N, K): log-probabilities, -inf where there are
+    fewer than K; log frequencies, nan for unlisted words; whether only the capital is unlisted."""
+    shape = len(candidates), max(map(len, candidates))
+    log_probs, frequencies = np.full(shape, -np.inf), np.full(shape, np.nan)
+    is_capital = np.zeros(shape, bool)
+    for i, row in enumerate(candidates):
+        for j, (spelling, log_prob) in enumerate(row):
+            log_probs[i, j], frequency = log_prob, lexicon.log_frequency(spelling)
+            frequencies[i, j] = np.nan if frequency is None else frequency
+            is_capital[i, j] = spelling not in lexicon.log_frequencies
+    return log_probs, frequencies, is_capital
+
+
+def score(
+    log_probs: np.ndarray, frequencies: np.ndarray, is_capital: np.ndarray, weights: Weights
+) -> np.ndarray:
+    """Scores (N, K) of candidates with these `features`: log p(spelling | phonemes) + weighted log
+    frequency, a log-linear model of two terms. -inf beyond the margin."""
+    listed = weights.frequency * frequencies - weights.capital * is_capital
+    scores = log_probs + np.where(np.isnan(frequencies), -weights.unlisted, listed)
+    return np.where(log_probs < log_probs[:, :1] - weights.margin, -np.inf, scores)
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """Sorts spellings by their probability and by a list of words."""
 
     lexicon: Lexicon
-    weight: float  # of a word's log frequency
-    penalty: float  # of a word that is not listed, which can still win
+    weights: Weights = Weights()
 
-    def score(self, spelling: str, log_prob: float) -> float:
-        """The score by which candidates are sorted."""
-        frequency = self.lexicon.log_frequency(spelling)
-        return log_prob + (-self.penalty if frequency is None else self.weight * frequency)
+    def rerank(self, candidates: list[Row]) -> list[list[tuple[str, float, float]]]:
+        """Each word's candidates, best first, as (spelling, log-probability, score), sorted by
+        their scores; those beyond the margin come last, as they were."""
+        if not candidates:
+            return []
+        scores = score(*features(candidates, self.lexicon), self.weights).tolist()
+        rows = ([(*c, x) for c, x in zip(row, part)] for row, part in zip(candidates, scores))
+        return [sorted(row, key=lambda c: c[2], reverse=True) for row in rows]
 
-    def rerank(self, candidates: list[list[tuple]]) -> list[list[tuple]]:
-        """Each word's candidates (spelling, log-probability), sorted by their scores."""
-        return [sorted(row, key=lambda c: self.score(*c), reverse=True) for row in candidates]
+
+def fit_reranker(candidates: list[Row], true: list[str], lexicon: Lexicon) -> Reranker:
+    """The Reranker with the weights of GRID that give the lowest WER on these words; of equal ones
+    that with the highest frequency weight, as people ask for common words, and lowest penalty."""
+    columns = features(candidates, lexicon)
+    is_true = np.zeros(columns[0].shape, bool)
+    for i, (row, word) in enumerate(zip(candidates, true, strict=True)):
+        is_true[i, : len(row)] = [spelling == word for spelling, _ in row]
+
+    def correct(weights):
+        first = score(*columns, weights).argmax(1)
+        return is_true[np.arange(len(first)), first].sum()
+
+    return Reranker(lexicon, max(reversed(GRID), key=correct))
 
 
-def fit_reranker(candidates: list[list[tuple]], true: list[str], lexicon: Lexicon) -> Reranker:
-    """The Reranker whose weight and penalty are chosen by WER on these words.
+def to_record(reranker: Reranker) -> dict[str, float]:
+    """The weights in a form that JSON has: no margin is None."""
+    return {k: None if v == math.inf else v for k, v in asdict(reranker.weights).items()}
 
-    Among all weights whose WER is within one standard error of the lowest (Breiman et al. 1984,
-    section 3.4.3) the largest: words of a dictionary are mostly rare, words that people want to
-    spell are mostly frequent.
-    """
-    errors = {}
-    for weights in itertools.product(WEIGHTS, PENALTIES):
-        ranked = Reranker(lexicon, *weights).rerank(candidates)
-        wrong = sum(row[0][0] != word for row, word in zip(ranked, true))
-        errors[weights] = wrong / len(true)
-    lowest = min(errors.values())
-    limit = lowest + math.sqrt(lowest * (1 - lowest) / len(true))
-    weight = max(weight for (weight, _), error in errors.items() if error <= limit)
-    return Reranker(lexicon, *min((pair for pair in errors if pair[0] == weight), key=errors.get))
+
+def from_record(record: dict[str, float]) -> Weights:
+    """The weights of `to_record`. Raises TypeError or ValueError if it has others."""
+    weights = Weights(**{k: math.inf if v is None else float(v) for k, v in record.items()})
+    if any(math.isnan(value) for value in asdict(weights).values()):
+        raise ValueError("a weight is not a number")
+    return weights

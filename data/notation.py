@@ -46,9 +46,11 @@ def make_reader(known: Iterable[str], is_ipa: bool) -> Callable[[str], Text]:
         line = line.strip()
         if len(line) > MAX_SYMBOLS:
             return Text(line, [], f"longer than {MAX_SYMBOLS:,} characters")
-        if any(unicodedata.category(c) == "Cs" for c in line):
+        if "\0" in line or any(unicodedata.category(c) == "Cs" for c in line):
             return Text(line, [], "not UTF-8")
         words, unknown = read(line)
+        if not any(known.intersection(reading) for word in words for reading in word):
+            words = []
         if line and not words:
             return Text(line, [], f"no {kind}s")
         signs = ", ".join(f'"{sign}"' for sign in unknown)

@@ -139,7 +139,7 @@ def read_images(files: Iterable[File]) -> dict[str, Images]:
         except UserError:
             broken.append(name)
     for name in broken:
-        print(f"  broken, left out: {name}")
+        print(utils.printable(f"  broken, left out: {name}"))
     if broken:
         print(f"{len(broken)} broken images left out")
     splits = {}
@@ -176,7 +176,8 @@ def audit(images: dict[str, Images]) -> set[int]:
         kind = "in training and test" if is_in_test and train else "in one split"
         kind += ", under two labels" if has_conflict else ""
         counts[kind] += 1
-        print(f"  {kind}: {' = '.join(images[split].names[index] for split, index in group)}")
+        names = " = ".join(images[split].names[index] for split, index in group)
+        print(utils.printable(f"  {kind}: {names}", 10**4))
         dropped.update(train if is_in_test or has_conflict else train[1:])
     kinds = "; ".join(f"{count} {kind}" for kind, count in counts.items())
     print(f"Duplicate images: {kinds or 'none'}")
@@ -260,6 +261,10 @@ def prepare(files: Iterable[File], args: argparse.Namespace) -> None:
     if len(labels) < 2:
         raise UserError(f"too few training images for a validation set: {len(labels)}")
     is_val = split_validation(labels, args.seed)
+    for label in set(range(len(CLASSES))) - set(labels[~is_val].tolist()):
+        raise UserError(
+            f"too few training images of {CLASSES[label]}: all are in the validation set"
+        )
     splits = {
         "train": (pixels[~is_val], labels[~is_val]),
         "val": (pixels[is_val], labels[is_val]),

@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     """Do what the command line says."""
     args = parse_args(argv)
     path = args.tsv or args.output_dir / f"wikipron-{args.language}.tsv"
-    if args.language and not path.exists():
+    is_new = args.language and not path.exists()
+    if is_new:
         download_list(args, path)
     try:
         text = utils.read_text(path)
@@ -271,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             text = text.replace("\u200b", "")
         pairs = parse_list(text, str(path), not args.segment)
     except UserError:
-        if args.language:  # not a list: the next call downloads it again
+        if is_new:  # not a list: the next call downloads it again
             path.unlink(missing_ok=True)
         raise
     if args.keep:

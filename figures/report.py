@@ -351,6 +351,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train what is missing, if asked to, and write the report."""
     options, errors = parse_args(argv), []
     folder = options.output_dir / "figures"
+    if not options.train and not (folder / "runs").is_dir():
+        raise UserError(f"{folder}: no run records; --train trains the runs")
     if options.train:
         records = load_records(folder / "runs")
         for key in [options.question] if options.question else QUESTIONS:

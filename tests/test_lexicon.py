@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import shutil
 import sys
@@ -13,7 +14,7 @@ import pytest
 import hw2_q3
 import utils
 from data import lexicon
-from data.lexicon import Lexicon, load_lexicon
+from data.lexicon import Lexicon, Reranker, Weights, fit_reranker, load_lexicon
 
 ROWS = [[("remander", -0.5), ("remainder", -1.0), ("Remainder", -1.2), ("remaynder", -3.0)]]
 LIST = Lexicon("x", "x.txt", {"remainder": math.log(0.75), "the": math.log(0.25)})
@@ -25,8 +26,11 @@ def write(tmp_path, content, name="words.txt"):
     return str(path)
 
 
-def first(weight, penalty):
-    return lexicon.Reranker(LIST, weight, penalty).rerank(ROWS)[0][0][0]
+def rerank(row, *weights):
+    """The spellings of a row, re-ranked with these weights and the LIST."""
+    [result] = Reranker(LIST, Weights(*weights)).rerank([row])
+    assert all(row[0][1] + 9 > score for *_, score in result)
+    return [spelling for spelling, *_ in result]
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,7 @@ def first(weight, penalty):
     [
         ("a\nb\nc\nd", dict.fromkeys("abcd", 0.25)),
         ("\ufeffthe\t30\r\nsea\t10\r\n\r\n", {"the": 0.75, "sea": 0.25}),
-        ("Sol\t1\nsol\t2.5\nSOUL\t0.5\n", {"sol": 0.875, "soul": 0.125}),
+        ("Sol\t1\nsol\t2.5\nsol\t0.5\n", {"Sol": 0.25, "sol": 0.75}),
         ("cafe\u0301\nice cream\n", {"café": 0.5, "ice cream": 0.5}),
     ],
 )
@@ -51,6 +55,9 @@ def test_a_file_of_words_with_and_without_counts(tmp_path, content, frequencies)
         ("\n\n", "has no words"),
         ("a\nb\tc\n", "line 2: expected a word"),
         ("a\t1\t2\n", "line 1: expected a word"),
+        ("the 22761659\n", "line 1: expected a word"),
+        ("the,100\n", "line 1: expected a word"),
+        ("a\t1e308\nb\t1e308\n", "counts are too large"),
         ("a\t0\n", "line 1: expected a word"),
         ("a\t-1\n", "line 1: expected a word"),
         ("a\tnan\n", "line 1: expected a word"),
@@ -86,24 +93,36 @@ def test_lists_of_wordfreq(monkeypatch):
 
 
 def test_reranking_by_hand():
-    assert first(0, 0) == "remander"
-    assert first(0, 0.4) == "remander"  # -0.9 against -1
-    assert first(0, 0.6) == "remainder"  # -1.1
-    assert first(1, 0.6) == "remander"  # against -1 + ln 0.75 = -1.29
-    assert first(1, 1) == "remainder"
-    [row] = lexicon.Reranker(LIST, 0, 1).rerank(
-        ROWS
-    )  # a capital counts as listed; ties keep their order
-    assert row == [ROWS[0][1], ROWS[0][2], ROWS[0][0], ROWS[0][3]]
+    words = [spelling for spelling, _ in ROWS[0]]
+    for unlisted, first in ((0, 0), (0.4, 0), (0.6, 1)):  # -0.5, -0.9, -1.1 against -1
+        assert rerank(ROWS[0], 0, unlisted, 0, math.inf)[0] == words[first]
+    for unlisted, first in ((0.6, 0), (1, 1)):  # against -1 + ln 0.75 = -1.29
+        assert rerank(ROWS[0], 1, unlisted, 0, math.inf)[0] == words[first]
+    # A capital counts as listed, less its penalty; ties keep their order.
+    assert rerank(ROWS[0], 0, 1, 0, math.inf) == [words[i] for i in (1, 2, 0, 3)]
+    assert rerank(ROWS[0], 0, 1, 0.5, math.inf) == [words[i] for i in (1, 0, 2, 3)]
+    # Beyond the margin nothing wins.
+    assert rerank(ROWS[0], 0, 9, 0, 0.4) == words
+    assert Reranker(LIST).rerank([]) == []
+
+
+def test_capitals_of_a_list():
+    names = Lexicon("x", "x", {"Sol": -1.0, "sol": -2.0, "DNA": -3.0})
+    spellings = "Sol", "sol", "DNA", "dna", "Dna", ""
+    assert [names.log_frequency(x) for x in spellings] == [-1, -2, -3, None, None, None]
 
 
 def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
     listed = Lexicon("x", "x", {"sea": math.log(0.5), "see": math.log(0.5)})
     rows = [[("sie", -0.5), ("sea", -1.75)]] * 10
-    reranker = lexicon.fit_reranker(rows, ["sea"] * 10, listed)
+    reranker = fit_reranker(rows, ["sea"] * 10, listed)
     assert reranker.rerank(rows)[0][0][0] == "sea"
-    assert reranker.weight == max(lexicon.WEIGHTS)  # every weight has a penalty with the same WER
-    assert lexicon.fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
+    assert reranker.weights.frequency == max(weights.frequency for weights in lexicon.GRID)
+    assert 1.25 < reranker.weights.unlisted - reranker.weights.frequency * math.log(2) < 2.25
+    assert fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
+    for weights in (reranker.weights, Weights(margin=math.inf)):
+        record = json.loads(json.dumps(lexicon.to_record(Reranker(listed, weights))))
+        assert lexicon.from_record(record) == weights
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +148,7 @@ def test_a_lexicon_at_test_is_scored_and_recorded(trained, capsys, fails):
     scores = utils.load_record(path)["final"]["lexicon"]
     assert (scores["name"], scores["source"], scores["size"]) == (words, "my words.txt", 30)
     assert scores["listed"] == [1, 0, 1]
-    assert "Beam search, size 30, re-ranked by my words.txt:" in lines
+    assert any(line.startswith("Beam search, size 30, re-ranked by my words.txt") for line in lines)
     assert f"Test WER@3: {scores['wer@3']:.4f}" == lines[lines.index(f"Record: {path}") - 1]
     hw2_q3.main(["test", *argv(folder)])  # keeps them
     assert utils.load_record(path)["final"]["lexicon"] == scores
@@ -153,9 +172,24 @@ def test_spell_uses_the_list_of_the_test_and_marks_what_is_not_listed(trained, c
     plain = spell(folder, capsys, "--lexicon", "none")
     assert "Words:" not in plain.err
     assert plain.out == output.out.replace("\tnot listed: dog", "")
-    other = write(tmp_path, "dug\t1000000000\ndog\t1\n")  # without recorded weights
+    other = write(tmp_path, "dug\ndog\n")  # without recorded weights
     assert "dog" in spell(folder, capsys, "--lexicon", other, "--beam_size", "2").out
     assert "Words:" not in spell(folder, capsys, "--nucleus").err
+
+
+@pytest.mark.parametrize("final", [
+    [], {"lexicon": []}, {"lexicon": {"name": "x"}},
+    {"lexicon": {"name": "x", "weights": {"a": 1}}},
+    {"lexicon": {"name": "x", "weights": {"frequency": "much"}}},
+    {"lexicon": {"name": "x", "weights": {"frequency": math.nan}}},
+])  # fmt: skip
+def test_a_record_whose_list_cannot_be_used_costs_no_answer(trained, tmp_path, capsys, final):
+    copy = shutil.copytree(trained[0], tmp_path / "copy")
+    [path] = copy.glob("figures/runs/*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"final": final}))
+    output = spell(copy, capsys)
+    assert "Words:" not in output.err
+    assert output.out.startswith("k æ t\tcat\t")
 
 
 def test_a_recorded_list_that_is_gone_is_named_and_one_that_is_asked_for_is_an_error(

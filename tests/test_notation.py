@@ -108,7 +108,7 @@ NOTED = {
     "ˈtʰɛsʰʘ": ("t ɛ s ʘ", 'no phoneme for "tʰ", "sʰ", "ʘ"'),
     "bɒ̃": ("b ɒ", 'no phoneme for "ɒ̃"'),
     "(ʘ)a": ("ʘ a | a", 'no phoneme for "ʘ"'),
-    "HH XX1": ("H H X X 1", 'no phoneme for "H", "X", "1"'),
+    "HH XX1": ("", "no phonemes"),
     "//": ("", "no phonemes"),
     "a" * 1001: ("", "longer than 1,000 characters"),
     "k\udcffa": ("", "not UTF-8"),

@@ -162,7 +162,9 @@ def test_a_finished_run_with_fewer_epochs_is_named(tmp_path, capsys):
         utils.note_shorter_run(other)
     assert capsys.readouterr().out == ""
     utils.note_shorter_run(run(5, lr=0.1))
-    assert f"{short.name} is finished with 2 epochs. This run starts" in capsys.readouterr().out
+    assert f"Finished with fewer epochs (2): {short.name}\n" in capsys.readouterr().out
+    (short.record.parent / f"{short.title}-broken.json").write_text("{")
+    utils.note_shorter_run(run(1))
 
 
 @pytest.mark.parametrize("before", [True, False])
