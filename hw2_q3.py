@@ -958,7 +958,8 @@ def spell(args: Namespace) -> None:
     print(f"Model: {description}", file=sys.stderr)
     if reranker:
         size, source = len(reranker.lexicon.log_frequencies), reranker.lexicon.source
-        print(f"Words: {reranker.lexicon.name} ({source}, {size:,} words)", file=sys.stderr)
+        about = f"{reranker.lexicon.name} ({source}, {size:,} words) re-ranks the spellings"
+        print(f"Words: {about}", file=sys.stderr)
     read = notation.make_reader(speller.source.stoi, speller.source.spaced)
     line = " ".join(args.ipa)
     if 1 < len(args.ipa) == len(line.split()) and len(read(line).words) == 1:
