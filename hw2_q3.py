@@ -1022,7 +1022,7 @@ def recorded_lexicon(
     args: Namespace, trained: Namespace, about_data: dict[str, str]
 ) -> dict[str, Any]:
     """The name and the weights of the list with which a model was tested, or {}."""
-    for folder in (args.output_dir, utils.ROOT):  # a clone has the shipped model's record
+    for folder in dict.fromkeys((args.output_dir, utils.ROOT)):  # a clone has the shipped model's
         config = Namespace(**vars(trained) | {"output_dir": folder})
         path = make_run(config, Namespace(**about_data)).record
         try:

@@ -1,4 +1,7 @@
-"""Image files as people have them: formats, transparency, sizes, folders."""
+"""Image files as people have them: formats, transparency, sizes, folders.
+
+images | formats | folders
+"""
 
 import contextlib
 import functools
@@ -31,6 +34,10 @@ ORDINARY_PIXELS = 2**30 // 12  # 89 million; a larger JPEG is decoded at an eigh
 MAX_PIXELS = 2 * ORDINARY_PIXELS  # decoded in 1.4 GB: RGBA and RGB, 4 bytes a pixel each
 MAX_JPEG_PIXELS = 400 * 10**6  # as the largest cameras have; a progressive one takes 1.2 to 2.4 GB
 Image.MAX_IMAGE_PIXELS = MAX_JPEG_PIXELS // 2  # Pillow refuses what has more than twice as many
+
+
+# ----------------------------------------------------------------------------------------------
+# images
 
 
 def read_image(file: Any) -> Tensor:
@@ -87,6 +94,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+# ----------------------------------------------------------------------------------------------
+# formats
+
+
 @functools.cache
 def _register_formats() -> None:
     """Load Pillow's formats, and HEIC's where its plugin is installed."""
@@ -116,6 +127,10 @@ def report_other_formats(where: Any, names: Iterable[str]) -> None:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
         line = f"{where}: skipping {kinds}, formats that are not read here; {CONVERT}"
         print(printable(line), file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------
+# folders
 
 
 def expand_pattern(path: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """The report on question 2.
 
-experiments | analysis | measures of a record | tables | figures
+experiments | analysis | thumbnails | measures of a record | tables | figures
 """
 
 import functools

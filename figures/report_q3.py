@@ -247,6 +247,27 @@ def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None
     return markdown_table((*head, "original inside?"), rows, text=2)
 
 
+def lexicon_table(records: Records) -> str | None:
+    """Error rates of a beam without and with a list of words, of the experiments that have both;
+    WER also of the test words that the list has and of those that it does not have."""
+    rows = []
+    for label, runs in records.items():
+        if not (runs := [run for run in runs if "lexicon" in run["final"]]):
+            continue
+        cells = [mean_error(runs, how, m) for m in ("wer", "wer@3") for how in ("beam", "lexicon")]
+        for is_listed in (1, 0):
+            words = [
+                np.flatnonzero(np.equal(r["final"]["lexicon"]["listed"], is_listed)) for r in runs
+            ]
+            for how in ("beam", "lexicon"):
+                errors = [error(run, how, "wer", part) for run, part in zip(runs, words)]
+                cells.append(mean_sd(errors))
+        rows.append([label, *cells, len(runs)])
+    head = "model", "WER", "with the list", "WER@3", "with the list", "WER, listed words"
+    head += "with the list", "WER, other words", "with the list", "runs"
+    return markdown_table(head, rows)
+
+
 def ambiguity_table(runs: list[Record]) -> str | None:
     """The errors of a run's beam, and what several attested spellings explain of them."""
     rows = []
