@@ -605,7 +605,8 @@ IMAGES = {name: in_memory(Image.fromarray(PIXELS).save, name) for name in FORMAT
 def make_archive(file):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for folder, name in itertools.product(("seg_train", "seg_test"), utils.CLASSES):
-            archive.writestr(f"{folder}/{folder}/{name}/1.png", IMAGES["PNG"])
+            for number in range(2):
+                archive.writestr(f"{folder}/{folder}/{name}/{number}.png", IMAGES["PNG"])
 
 
 def assert_landscapes(data):
