@@ -625,7 +625,7 @@ def test_spelling_through_a_pipe(finished):
     assert fields[1] == ["", "", "", "not UTF-8"]
     assert fields[3][3] == 'no phoneme for "æ"'
     assert [len(row) for row in fields] == [3, 4, 1, 4, 3, 3]
-    assert errors.decode().splitlines()[1:] == ["line 2: not UTF-8", 'line 4: no phoneme for "æ"']
+    assert errors.decode().splitlines()[2:] == ["line 2: not UTF-8", 'line 4: no phoneme for "æ"']
     assert process.returncode == 0
 
 
