@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -481,7 +482,8 @@ def draw_figures(
     loss, accuracy = history["train_loss"], history["val_accuracy"]
     utils.plot_curve(folder / "training-loss.png", run.title, "Training loss (nats)", loss)
     utils.plot_curve(folder / "validation-accuracy.png", run.title, "Validation accuracy", accuracy)
-    draw_confusion(folder / "confusion-matrix.png", run.title, record["final"]["test"]["confusion"])
+    confusion = plot_confusion(run.title, record["final"]["test"]["confusion"])
+    utils.save_figure(folder / "confusion-matrix.png", confusion)
     shown = [i for c in range(len(CLASSES)) for i in (labels == c).nonzero()[:4, 0].tolist()]
     images, labels = images[shown], labels[shown]
     inputs, _ = to_device(images, labels, next(model.parameters()).device, args)
@@ -489,8 +491,8 @@ def draw_figures(
     draw_images(folder / "test-images.png", run.title, images, labels, predicted)
 
 
-def draw_confusion(path: Path, title: str, confusion: list[list[int]]) -> None:
-    """Draw a confusion matrix (6, 6): counts in the cells, each class's recall beside it."""
+def plot_confusion(title: str, confusion: list[list[int]]) -> Figure:
+    """A figure of a confusion matrix (6, 6): counts in the cells, each class's recall beside it."""
     fig, axes = utils.new_figure(4.6, 3.9)
     axes.grid(False)
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
@@ -503,7 +505,7 @@ def draw_confusion(path: Path, title: str, confusion: list[list[int]]) -> None:
     axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=35, ha="right")
     axes.set_yticks(range(len(CLASSES)), names)
     axes.set(title=title, xlabel="Predicted class", ylabel="True class (test images)")
-    utils.save_figure(path, fig)
+    return fig
 
 
 def draw_images(path: Path, title: str, images: Tensor, labels: Tensor, predicted: Tensor) -> None:

@@ -680,6 +680,12 @@ def draw_confident_errors(records: Records, thumbnails: Tensor) -> Figure | None
     return fig
 
 
+def draw_confusion(records: Records) -> Figure | None:
+    """The shipped network's confusion matrix."""
+    runs = common.by_seed(records[BEST_RESNET], lambda run: run["final"]["test"]["confusion"])
+    return script.plot_confusion("", runs[SHIPPED_SEED]) if SHIPPED_SEED in runs else None
+
+
 def draw_running_mean(records: list[Record]) -> Figure | None:
     """Each epoch's training loss, and the mean since the first epoch, which the original plots."""
     losses = common.curves(records, "train_loss")
