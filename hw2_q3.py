@@ -988,7 +988,11 @@ def choose_speller(
 
     folder = args.output_dir / "checkpoints"
     shipped = None if args.data_dir or is_g2p(args) else PRETRAINED
-    path = checkpoint_file(args) or utils.best_checkpoint(folder, "q3-", rank, shipped)
+    try:
+        path = checkpoint_file(args) or utils.best_checkpoint(folder, "q3-", rank, shipped)
+    except UserError as error:
+        how = "--use_attn --direction g2p" if is_g2p(args) else "--use_attn"
+        raise UserError(f"{error}: python hw2_q3.py {how}; or name one: --checkpoint_name FILE")
     speller, trained, saved = load_speller(path, device, args.direction)
     name = utils.printable(saved["data"]["name"])
     names = {"sample": "the built-in SAMPLE", "pronunciations": "your words"}

@@ -4,6 +4,7 @@ Options: test_options.py. Loading data: test_data.py."""
 import contextlib
 import functools
 import io
+import os
 import re
 import shutil
 import subprocess
@@ -149,6 +150,14 @@ def test_windows_denies_a_rename_for_a_moment(monkeypatch, system, tries):
         with contextlib.suppress(PermissionError):
             utils._replace("a", "b")
     assert replace.call_count == tries
+
+
+def test_figures_need_no_backend_of_a_notebook():
+    """A notebook's kernel hands its children a backend that may not be installed."""
+    environment = os.environ | {"MPLBACKEND": "module://no_such.backend_inline"}
+    command = [sys.executable, "hw2_q2.py", "-count_params"]
+    done = subprocess.run(command, cwd=utils.ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_finished_run_with_fewer_epochs_is_named(tmp_path, capsys):
