@@ -840,8 +840,6 @@ def best_checkpoint(
             print(f"Skipping {error}", file=sys.stderr)
     ranking = [(value, path) for path, value in scores.items() if value is not None]
     if ranking:
-        if default and default.exists():
-            print(f"Not used, since one was trained here: {default}", file=sys.stderr)
         return max(ranking)[1]
     if default and default.exists():
         return default
