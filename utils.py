@@ -732,6 +732,8 @@ def load_checkpoint(path: Path, device: Any = "cpu") -> dict[str, Any]:
         if not path.exists():
             raise UserError(f"{path}: no such checkpoint")
         with zipfile.ZipFile(path) as file:
+            if sum(entry.file_size for entry in file.infolist()) > 4 * 2**30:
+                raise ValueError("it unpacks to more than 4 GiB")
             if part := file.testzip():  # torch.load does not compare checksums
                 raise ValueError(f"wrong checksum of {part}")
         content = torch.load(path, map_location=device, weights_only=True)

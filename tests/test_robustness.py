@@ -489,7 +489,7 @@ def test_a_damaged_record_or_figure_costs_no_training(start, question, fails, ca
 # data files
 
 
-def test_an_npz_file_that_unpacks_to_too_much_is_not_read(tmp_path, landscapes_path):
+def test_a_file_that_unpacks_to_too_much_is_not_read(tmp_path, landscapes_path):
     path = tmp_path / "x.npz"
     with zipfile.ZipFile(landscapes_path) as old, zipfile.ZipFile(path, "w") as new:
         for entry in old.infolist():
@@ -497,6 +497,8 @@ def test_an_npz_file_that_unpacks_to_too_much_is_not_read(tmp_path, landscapes_p
         new.filelist[0].file_size = 5 * 2**30  # written to the directory at the end
     with pytest.raises(UserError, match=r"x\.npz: refused, it unpacks to 5\.0 GiB"):
         utils.load_landscapes(path)
+    with pytest.raises(UserError, match=r"not a readable checkpoint.* unpacks to more than 4 GiB"):
+        utils.load_checkpoint(path)
 
 
 def test_an_array_that_claims_to_be_huge(tmp_path, arrays, fails):
