@@ -1,6 +1,7 @@
 """The command lines of all programs: help, runs that have one name, what is refused."""
 
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +91,7 @@ def assert_commands_repeat_their_runs(script, args):
         configs = [args] if args.ensemble else hw2_q3.members(args)
     for config in configs:
         run = script.make_run(config, data)
-        program, name, *words = run.command.split()
+        program, name, *words = shlex.split(run.command)
         assert (program, name) == ("python", f"{script.__name__}.py")
         again = script.make_run(script.parse_args(words), data)
         assert (again.name, again.command) == (run.name, run.command)
@@ -197,6 +198,7 @@ WORDS += ["48", "0.5", "-1", "nan", "1e999", "9" * 400, "", "-", "--", "=", "\u2
 @pytest.mark.parametrize("name", PARSERS)
 @example(words=["-recipe", "best", "-seed", "1", "2", "-augment"])
 @example(words=["--recipe", "best", "--ensemble", "--seed", "1", "2"])
+@example(words=["--lexicon", "my words.txt"])
 @given(words=st.lists(st.sampled_from(WORDS) | TEXT | st.integers().map(str), max_size=6))
 def test_fuzzed_command_lines(name, words):
     """Each is refused in one line, or its runs' commands repeat them."""

@@ -41,7 +41,7 @@ def test_the_shipped_networks_have_the_scores_of_their_records():
         shipped = utils.load_checkpoint(module.script.PRETRAINED)
         assert shipped["history"] == record["history"]
         run = module.script.make_run(
-            module.script.parse_args(record["command"].split()[2:]),
+            module.script.parse_args(shlex.split(record["command"])[2:]),
             report.Dataset(**record["data"]),
         )
         [row] = [line for line in text.splitlines() if f"`{run.name}`" in line]
@@ -158,7 +158,7 @@ def test_readme_says_what_the_records_took():
 @pytest.mark.parametrize("path", sorted(FIGURES.glob("runs/*.json")), ids=lambda path: path.stem)
 def test_a_records_command_gives_its_name(path):
     record, script = utils.load_record(path), report.QUESTIONS[path.name[:2]].script
-    python, name, *words = record["command"].split()
+    python, name, *words = shlex.split(record["command"])
     assert (python, name) == ("python", f"{script.__name__}.py")
     run = script.make_run(script.parse_args(words), report.Dataset(**record["data"]))
     assert run.name == path.stem
@@ -349,7 +349,7 @@ def test_a_broken_record_is_named(tmp_path, fails):
 def test_samples_and_other_data_do_not_count(tmp_path):
     """Also if they are of the same arguments."""
     [record, *_] = FOUND["q3"][q3.ATTENTION]
-    args = hw2_q3.parse_args(record["command"].split()[2:])
+    args = hw2_q3.parse_args(shlex.split(record["command"])[2:])
     for data in ("pronunciations", "sample"):
         other = report.Dataset(data, "f" * 12)
         path = tmp_path / f"{hw2_q3.make_run(args, other).name}.json"
@@ -409,7 +409,7 @@ def test_a_dry_run_estimates_the_hours(tmp_path, capsys, monkeypatch):
     """One run of 40 epochs of an hour each is there; two more seeds are missing."""
     record = FOUND["q2"][q2.PLAIN][0]
     record = record | {"measured": record["measured"] | {"seconds": [3600.0] * 40}}
-    args = hw2_q2.parse_args(record["command"].split()[2:])
+    args = hw2_q2.parse_args(shlex.split(record["command"])[2:])
     run = hw2_q2.make_run(args, report.Dataset(**record["data"]))
     utils.save_record(tmp_path / "figures" / "runs" / f"{run.name}.json", record)
     monkeypatch.setattr(utils, "cpu_count", lambda: 4)
