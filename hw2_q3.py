@@ -742,7 +742,7 @@ def test(args: Namespace, run: Run, data: Pronunciations, device: torch.device) 
         raise UserError(f"{run.checkpoint}: no such checkpoint; train the model first")
     pairs = directed_pairs(args, data, "test")
     final = score(speller, pairs, args)
-    if args.lexicon:
+    if args.lexicon is not None:
         final["lexicon"] = score_lexicon(speller, data, args)
     print_scores(final, args, data.name)
     if not args.ensemble and not utils.is_trained(run):
@@ -801,7 +801,7 @@ def is_finished(run: Run, args: Namespace) -> dict[str, Any]:
     if args.beam_size:
         same &= beam.get("size") == args.beam_size
         same &= f"wer@{min(args.k, args.beam_size)}" in beam
-    if args.lexicon:
+    if args.lexicon is not None:
         lexicon, size = final.get("lexicon", {}), max(LEXICON_BEAM, args.beam_size or 0)
         same &= (lexicon.get("name"), lexicon.get("size")) == (args.lexicon, size)
         same &= f"wer@{min(args.k, size)}" in lexicon
@@ -877,7 +877,7 @@ def print_scores(final: dict[str, Any], args: Namespace, data_name: str) -> None
     if args.beam_size:
         print(f"Beam search, size {args.beam_size}, the best:")
         print_beam(final["beam"])
-    if args.lexicon:
+    if args.lexicon is not None:
         scores = final["lexicon"]
         weights = ", ".join(f"{name} {value}" for name, value in scores["weights"].items())
         print(f"Beam search, size {scores['size']}, re-ranked by {scores['source']}: {weights}")
@@ -1274,6 +1274,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.mode == "spell":
         spell(args)
         return
+    if args.lexicon is not None:
+        load_lexicon(args.lexicon)  # a wrong one ends the command before training
     if not args.mode and len(configs := members(args)) > 1:
         utils.train_side_by_side(sys.modules[__name__], configs, is_finished)
         if not args.ensemble:

@@ -152,6 +152,9 @@ def test_a_lexicon_at_test_is_scored_and_recorded(trained, capsys, fails):
     assert f"Test WER@3: {scores['wer@3']:.4f}" == lines[lines.index(f"Record: {path}") - 1]
     hw2_q3.main(["test", *argv(folder)])  # keeps them
     assert utils.load_record(path)["final"]["lexicon"] == scores
+    line = fails(hw2_q3.main, [*argv(folder), "--restart", "--lexicon", "none such"])
+    assert "'none such' is no file" in line
+    assert list(folder.glob("checkpoints/*.pt"))  # not even begun
     line = fails(hw2_q3.main, ["--direction", "g2p", "--lexicon", words])
     assert "--lexicon lists written words" in line
 
