@@ -635,13 +635,12 @@ def read_archive(path):
 
 
 def read_checkpoint(path):
-    """Read a checkpoint in every way the scripts do."""
-    saved = read_or_refused(utils.load_checkpoint, path)
+    """Read a checkpoint in every way the scripts do, unless the first refuses it for all."""
+    saved = utils.load_checkpoint(path)
     read_or_refused(hw2_q2.load_network, path, "cpu")
-    if saved:
-        identity = {k: saved[k] for k in ("arguments", "data", "training_version")}
-        run, model = make_run(path.parent, **identity, checkpoint_file=path), torch.nn.Linear(2, 2)
-        read_or_refused(utils.resume, run, model, torch.optim.Adam(model.parameters()))
+    identity = {k: saved[k] for k in ("arguments", "data", "training_version")}
+    run, model = make_run(path.parent, **identity, checkpoint_file=path), torch.nn.Linear(2, 2)
+    read_or_refused(utils.resume, run, model, torch.optim.Adam(model.parameters()))
     return hw2_q3.load_speller(path, "cpu")
 
 
