@@ -957,9 +957,9 @@ def spell(args: Namespace) -> None:
     first = next(batches, [])  # an unreadable file ends the command here, before anything else
     print(f"Model: {description}", file=sys.stderr)
     if reranker:
-        size, source = len(reranker.lexicon.log_frequencies), reranker.lexicon.source
-        about = f"{reranker.lexicon.name} ({source}, {size:,} words) re-ranks the spellings"
-        print(f"Words: {about}", file=sys.stderr)
+        lexicon = reranker.lexicon
+        what = f"{lexicon.name} ({lexicon.source}, {len(lexicon.log_frequencies):,} words)"
+        print(f"Words: {what} re-ranks the spellings", file=sys.stderr)
     read = notation.make_reader(speller.source.stoi, speller.source.spaced)
     line = " ".join(args.ipa)
     if 1 < len(args.ipa) == len(line.split()) and len(read(line).words) == 1:

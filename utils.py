@@ -201,10 +201,8 @@ def to_argv(dash: str, arguments: dict[str, Any]) -> list[str]:
     return words
 
 
-USER_ERRNOS = (
-    errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.EACCES,
-    errno.EPERM, errno.EROFS,
-)  # fmt: skip
+OUTPUT_ERRNOS = errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO
+USER_ERRNOS = (*OUTPUT_ERRNOS, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -236,12 +234,7 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
-        if error.errno in (
-            errno.EPIPE,
-            errno.ENOSPC,
-            errno.EFBIG,
-            errno.EIO,
-        ):  # of the output, which is flushed at exit
+        if error.errno in OUTPUT_ERRNOS:  # the output is flushed again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:  # as in `... | head`
             sys.exit(1)
@@ -793,10 +786,9 @@ def note_shorter_run(run: Run) -> None:
         return {k: v for k, v in arguments.items() if k not in ("epochs", "n_epochs")}
 
     for path in run.record.parent.glob(f"{glob.escape(run.title)}-*.json"):
-        record = {}
-        with contextlib.suppress(UserError):  # another run's damaged record is no concern of this
+        try:
             record = load_record(path)
-        if not record:
+        except UserError:  # a damaged record of another run
             continue
         epochs = len(record["measured"].get("seconds", ()))
         same = options(record["arguments"]) == options(run.arguments) and record["data"] == run.data
