@@ -926,6 +926,9 @@ def plot_attention(args: Namespace, record: dict[str, Any]) -> Any:
 # spelling
 
 
+OMISSION = 8.0  # nats: an optional sound is nearly always written (chosen on validation words)
+
+
 class Candidate(NamedTuple):
     """A spelling of some words. Candidates of different words are added field by field."""
 
@@ -1090,7 +1093,10 @@ def choose_candidates(
 
     best = [Candidate((), (), 0.0, 0.0, (), 0)]
     for word in text.words:
-        found = [candidate(reading, *c) for reading, row in zip(word, rows) for c in row]
+        found = []  # a reading without an optional sound is less probable than the whole one
+        for reading, row in zip(word, rows):
+            omitted = OMISSION * (len(word[0]) - len(reading))
+            found += [candidate(reading, *c, c_score - omitted) for *c, c_score in row]
         found = best_of(found, shown)
         sums = (Candidate(*map(operator.add, a, b)) for a, b in itertools.product(best, found))
         best = best_of(sums, shown)

@@ -644,13 +644,19 @@ def test_words_of_one_line_are_spelled_one_by_one(spell):
     assert all(float(row[2]) == pytest.approx(sums[row[1]], abs=0.002) for row in rows)
 
 
-def test_optional_sounds_are_tried_with_and_without(spell):
-    """The best of both: as many as of one, and each spelling once."""
+@pytest.mark.parametrize("omission", [0, 0.1, 8])
+def test_optional_sounds_are_tried_with_and_without(spell, monkeypatch, omission):
+    """The best of both: as many as of one, and each spelling once; an omitted sound costs."""
+    monkeypatch.setattr(hw2_q3, "OMISSION", omission)
     rows, _ = spell("C A (B)", "--beam_size", 6)
     both = spell("C A B", "C A", "--beam_size", 6)[0]
-    best = {row[1]: row for row in sorted(both, key=lambda row: float(row[2]))}
-    assert rows == sorted(best.values(), key=lambda row: -float(row[2]))[:6]
-    assert {row[0] for row in rows} == {"C A B", "C A"}
+
+    def score(row):
+        return float(row[2]) - omission * (row[0] == "C A")
+
+    best = {row[1]: row for row in sorted(both, key=score)}
+    assert rows == sorted(best.values(), key=score, reverse=True)[:6]
+    assert ("C A" in {row[0] for row in rows}) == (omission < 8)
 
 
 def test_what_was_cut_off_is_marked_and_comes_last(spell):
