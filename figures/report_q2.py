@@ -31,6 +31,7 @@ from figures.common import Experiment, Record, Records, markdown_table, mean_sd,
 DATA_NAME = "photographs"
 SHORT = "-learning_rate 0.01 -epochs 10"
 SHORT_BFLOAT16 = f"{SHORT} -precision bfloat16"
+SHORT_CYCLE = f"{SHORT_BFLOAT16} -schedule one_cycle"
 RECIPE_BEST = "-recipe best -precision bfloat16"
 RECIPE_BEST_20 = f"{RECIPE_BEST} -epochs 20"
 PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
@@ -60,6 +61,10 @@ LEFT_OUT = {  # of the best recipe
     "without erasing": "-augment flip crop",
 }
 LOCALITY = {"CNN": "", "one convolution": "-kernel_size 48"}  # 10 epochs, pixels in three orders
+SWEEP = {  # of learning rates
+    rate: f"plain, rate {rate}, 5 epochs"
+    for rate in (3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+}
 BUDGETS = {
     (model, epochs): f"best recipe, {model}, {epochs} epochs"
     for model in ("cnn", "resnet")
@@ -91,9 +96,13 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         "no pooling": f"{SHORT} -pool none",
     },
     ("all", 3): {
-        f"{name}, {pixels}": f"{SHORT} -schedule one_cycle -no_batch_norm {more} -pixels {pixels}"
+        f"{name}, {pixels}": f"{SHORT_CYCLE} -no_batch_norm {more} -pixels {pixels}"
         for name, more in LOCALITY.items()
         for pixels in script.PIXELS
+    }
+    | {
+        label: f"-no_batch_norm -precision bfloat16 -epochs 5 -learning_rate {rate}"
+        for rate, label in SWEEP.items()
     }
     | {KEPT: "-last_batch keep"},
     ("beyond", 5): {BEST: RECIPE_BEST, NOT_ERASED: f"{RECIPE_BEST} -augment flip crop"},
