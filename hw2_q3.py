@@ -367,21 +367,24 @@ class Speller(NamedTuple):
 
     def greedy(self, pairs: EncodedPairs, max_len: int = MAX_LEN) -> list[list[tuple]]:
         """One candidate: the most probable character at each step."""
-        return self._decode(generate, pairs, 1, max_len, lambda log_probs: log_probs.argmax(1))
+        return self.decode(generate, pairs, 1, max_len, lambda log_probs: log_probs.argmax(1))
 
     def sample(
         self, pairs: EncodedPairs, p: float, k: int, generator: torch.Generator,
         max_len: int = MAX_LEN,
     ) -> list[list[tuple]]:  # fmt: skip
         """k samples from the nucleus, in the order they were drawn."""
-        return self._decode(generate, pairs, k, max_len, nucleus_sampler(p, generator))
+        return self.decode(generate, pairs, k, max_len, nucleus_sampler(p, generator))
 
     def beam(self, pairs: EncodedPairs, beam_size: int, max_len: int = MAX_LEN) -> list[list]:
         """The `beam_size` best that a beam of this size finds, best first."""
-        return self._decode(beam_search, pairs, beam_size, max_len)
+        return self.decode(beam_search, pairs, beam_size, max_len)
 
-    def _decode(self, function, pairs, copies, *args):
-        """Decode words of like length together, at most DECODE_BATCH_SIZE spellings at once."""
+    def decode(
+        self, function: Callable, pairs: EncodedPairs, copies: int, *args: Any
+    ) -> list[list[tuple]]:
+        """The candidates of function(model, sources, lengths, copies, *args), `generate` or
+        `beam_search`, of words of like length together, at most DECODE_BATCH_SIZE at once."""
         self.model.eval()
         order = pairs.lengths.argsort(stable=True)
         candidates = [None] * len(order)

@@ -29,6 +29,7 @@ class Experiment:
     it improves on the original
     data: the name of a folder in data/, or None for the default data
     members: for an ensemble, the label of the experiment whose models it combines
+    extra: names of further measures of its runs' analysis
     """
 
     label: str
@@ -37,6 +38,7 @@ class Experiment:
     group: str = "report"
     data: str | None = None
     members: str | None = None
+    extra: tuple[str, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------

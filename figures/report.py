@@ -14,6 +14,7 @@ import statistics
 import sys
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from figures import common, report_q2, report_q3
+from figures import analysis_q2, analysis_q3, common, report_q2, report_q3
 from figures.common import SEEDS, Experiment, Record, Records, markdown_table, scored
 from utils import UserError
 
 QUESTIONS = {"q2": report_q2, "q3": report_q3}
+ANALYSES = {report_q2: analysis_q2.analyse, report_q3: analysis_q3.analyse}
 GROUPS = {"report": ("report",), "all": ("report", "all"), "beyond": ("beyond",)}
 TEMPLATE = utils.ROOT / "figures" / "template.md"
 NOT_TRAINED = "*(not trained yet)*"
@@ -139,10 +141,11 @@ def is_bfloat16(args: Namespace) -> bool:
     return vars(args).get("precision") == "bfloat16"
 
 
-def is_finished(question: ModuleType, record: Record) -> bool:
-    """Whether a record has all that the report needs."""
-    is_measured = question.is_scored(record) and "analysis" in record
-    return is_measured or "diverged_in_epoch" in record
+def is_finished(question: ModuleType, record: Record, extra: Sequence[str] = ()) -> bool:
+    """Whether a record has all that the report needs, and these further measures."""
+    analysis = record.get("analysis", {})
+    is_measured = question.is_scored(record) and analysis and set(extra) <= analysis.keys()
+    return bool(is_measured) or "diverged_in_epoch" in record
 
 
 def find_records(question: ModuleType, records: ByName) -> Records:
@@ -166,7 +169,7 @@ def find_records(question: ModuleType, records: ByName) -> Records:
 
 
 def missing_jobs(question: ModuleType, options: Namespace, records: ByName) -> list[Job]:
-    """The runs of the chosen experiments that have no finished record."""
+    """The runs of the chosen experiments that have no finished record with all measures."""
     jobs = {}
     for experiment in question.EXPERIMENTS:
         matches = fnmatch.fnmatchcase(experiment.label, options.only)
@@ -174,8 +177,8 @@ def missing_jobs(question: ModuleType, options: Namespace, records: ByName) -> l
             continue
         dataset = choose_dataset(question, experiment, records)
         for args in configurations(question, experiment, options.seeds or experiment.seeds):
-            names = run_names(question, args, dataset)
-            if not any(is_finished(question, records.get(name, {})) for name in names):
+            found = (records.get(name, {}) for name in run_names(question, args, dataset))
+            if not any(is_finished(question, record, experiment.extra) for record in found):
                 args = adapt(question, experiment, args, options)
                 name = question.script.make_run(args, dataset).name
                 jobs.setdefault(name, (experiment, args))  # two experiments may share a run
@@ -233,9 +236,9 @@ def train(question: ModuleType, jobs: list[Job], options: Namespace, records: By
         except UserError as error:
             errors.append(str(error))
         device = utils.prepare_device(options.device, options.threads or 1)
-        for args in tqdm(configs, desc="Analysis", unit="run", disable=None):
+        for job in tqdm(group, desc="Analysis", unit="run", disable=None):
             try:
-                store_analysis(question, args, data, device)
+                store_analysis(question, job, data, device)
             except UserError as error:  # its training failed and left no checkpoint
                 errors.append(str(error))
     return errors
@@ -252,12 +255,14 @@ def load_data(question: ModuleType, job: Job, records: ByName) -> Any:
     return data
 
 
-def store_analysis(question: ModuleType, args: Namespace, data: Any, device: Any) -> None:
+def store_analysis(question: ModuleType, job: Job, data: Any, device: Any) -> None:
     """Add the report's analysis to the record of a trained run."""
+    experiment, args = job
     path = question.script.make_run(args, data).record
     record = utils.load_record(path)
-    if question.is_scored(record) and "analysis" not in record:
-        utils.save_record(path, record | {"analysis": question.analyse(args, data, device)})
+    if question.is_scored(record) and not is_finished(question, record, experiment.extra):
+        analysis = ANALYSES[question](args, data, device, experiment.extra)
+        utils.save_record(path, record | {"analysis": record.get("analysis", {}) | analysis})
 
 
 # ----------------------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
 """The report on question 2.
 
-experiments | analysis | thumbnails | measures of a record | tables | figures
+experiments | thumbnails | measures of a record | tables | figures
 """
 
 import functools
 import math
 import shlex
 import statistics
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 import hw2_q2 as script
 import utils
-from figures import common
+from figures import analysis_q2, common
 from figures.common import Experiment, Record, Records, markdown_table, mean_sd, scored
 
 # ----------------------------------------------------------------------------------------------
@@ -59,6 +58,10 @@ LEFT_OUT = {  # of the best recipe
     "without flips": "-augment crop erase",
     "without crops": "-augment flip erase",
     "without erasing": "-augment flip crop",
+}
+SWINGS = {  # of validation accuracy: the variant, 20 epochs
+    "last batch merged, 20 epochs": "",
+    "last batch kept, 20 epochs": "-last_batch keep",
 }
 LOCALITY = {"CNN": "", "one convolution": "-kernel_size 48"}  # 10 epochs, pixels in three orders
 SWEEP = {  # of learning rates
@@ -104,6 +107,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         label: f"-no_batch_norm -precision bfloat16 -epochs 5 -learning_rate {rate}"
         for rate, label in SWEEP.items()
     }
+    | {label: f"-precision bfloat16 -epochs 20 {arguments}" for label, arguments in SWINGS.items()}
     | {KEPT: "-last_batch keep"},
     ("beyond", 5): {BEST: RECIPE_BEST, NOT_ERASED: f"{RECIPE_BEST} -augment flip crop"},
     ("beyond", 3): {
@@ -119,8 +123,12 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         },
     },
 }
+EXTRA = {  # label: further measures, of analysis_q2.EXTRA
+    **dict.fromkeys(SWINGS, ("epochs",)),
+    **{f"CNN, {pixels}": ("filters", "grad_cam") for pixels in ("ordered", "scrambled")},
+}
 EXPERIMENTS = tuple(
-    Experiment(label, arguments, seeds, group)
+    Experiment(label, arguments, seeds, group, extra=EXTRA.get(label, ()))
     for (group, seeds), experiments in ARGUMENTS.items()
     for label, arguments in experiments.items()
 )
@@ -181,108 +189,6 @@ def is_scored(record: Record) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------
-# analysis: what only the report measures of a finished network
-
-MAX_SHIFT = 4  # pixels
-SIZES = 32, 48, 64, 96  # pixels
-
-
-def analyse(args: Namespace, data: utils.Landscapes, device: torch.device) -> dict[str, Any]:
-    """Measure the finished network of these arguments: 'train', classification_metrics of the
-    training images; calibration_metrics and confident_errors, with test-time augmentation; and, if
-    the pixels are in order, 'shifted' and, for networks that take images of any size, 'sizes', test
-    accuracies.
-    """
-    model, args, _ = script.load_network(script.make_run(args, data).checkpoint, device)
-    training = script.to_device(*data.splits["train"], device, args)
-    test = script.to_device(*data.splits["test"], device, args)
-    log_probs = script.predict(model, test[0], args.tta)
-    analysis = {"train": script.evaluate(model, *training)}
-    analysis |= calibration_metrics(log_probs, test[1].cpu(), label_conflicts(test, training))
-    analysis["confident_errors"] = confident_errors(log_probs, test[1].cpu())
-    if args.pixels == "ordered":
-        analysis["shifted"] = shifted_accuracies(model, *test)
-        if args.head == "gap" and args.kernel_size != utils.SIZE:
-            analysis["sizes"] = size_accuracies(model, *test)
-    return analysis
-
-
-def label_conflicts(test: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor]) -> Tensor:
-    """Which test images (N,) also occur among the training images with another label. Both:
-    images uint8 (N, 3, 48, 48) and labels (N,)."""
-    indices = {}  # of each test image's bytes
-    for i, image in enumerate(test[0].cpu().numpy()):
-        indices.setdefault(image.tobytes(), []).append(i)
-    conflicts, labels = torch.zeros(len(test[1]), dtype=torch.bool), test[1].tolist()
-    for image, label in zip(training[0].cpu().numpy(), training[1].tolist()):
-        for i in indices.get(image.tobytes(), ()):
-            conflicts[i] |= label != labels[i]
-    return conflicts
-
-
-def calibration_metrics(
-    log_probs: Tensor, labels: Tensor, conflicts: Tensor, bins: int = 10, threshold: float = 0.9
-) -> dict[str, list]:
-    """How well the probability of the predicted class is calibrated (Guo et al. 2017, section 2).
-
-    log_probs: (N, 6), labels: (N,), conflicts: bool (N,), all on the CPU. Returns
-    'calibration': for each bin of that probability [images, mean probability, accuracy];
-    'confident': the confusion matrix of the predictions with at least the threshold's probability;
-    'label_conflicts': the numbers of [conflicts, errors among them, confident errors among them].
-    """
-    probabilities, predicted = log_probs.exp().max(1)
-    correct, indices = (predicted == labels).float(), (probabilities * bins).long()
-    calibration = []
-    for i in range(bins):
-        inside = indices.clamp(max=bins - 1) == i
-        means = (x[inside].mean().item() for x in (probabilities, correct))
-        calibration.append([inside.sum().item(), *(means if inside.any() else (None, None))])
-    confident, errors = probabilities >= threshold, conflicts & (predicted != labels)
-    confusion = script.classification_metrics(log_probs[confident], labels[confident])["confusion"]
-    return {
-        "calibration": calibration,
-        "confident": confusion,
-        "label_conflicts": [x.sum().item() for x in (conflicts, errors, errors & confident)],
-    }
-
-
-def confident_errors(log_probs: Tensor, labels: Tensor, count: int = 24) -> list[list]:
-    """The misclassified images of the most probable predictions: [index, true class, predicted
-    class, probability], the most probable first. log_probs: (N, 6), labels: (N,), on the CPU."""
-    probabilities, predicted = log_probs.exp().max(1)
-    wrong = (predicted != labels).nonzero()[:, 0]
-    order = wrong[probabilities[wrong].argsort(descending=True, stable=True)][:count]
-    columns = order, labels[order], predicted[order], probabilities[order]
-    return [[i, a, b, round(p, 4)] for i, a, b, p in zip(*(column.tolist() for column in columns))]
-
-
-def shifted_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
-    """Accuracies on images shifted by 0, 1, ... MAX_SHIFT pixels, each the mean over up, down, left
-    and right."""
-    accuracies = [script.evaluate(model, images, labels)["accuracy"]]
-    for distance in range(1, MAX_SHIFT + 1):
-        scores = [
-            script.evaluate(model, script.shift_images(images, dimension, step), labels)["accuracy"]
-            for step in (-distance, distance)
-            for dimension in (2, 3)
-        ]
-        accuracies.append(sum(scores) / len(scores))
-    return accuracies
-
-
-def size_accuracies(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """{size: accuracy} on images resized to size x size pixels, antialiased, for all SIZES."""
-    accuracies = {}
-    for size in SIZES:
-        correct = 0
-        for x, y in zip(images.split(16), labels.cpu().split(16)):  # feature maps may be large
-            x = F.interpolate(x.float(), (size, size), mode="bilinear", antialias=True).round()
-            correct += (script.predict(model, x).argmax(1) == y).sum().item()
-        accuracies[str(size)] = correct / len(labels)
-    return accuracies
-
-
-# ----------------------------------------------------------------------------------------------
 # thumbnails: the few photographs that the figures show, beside each other in one PNG file
 
 SHIPPED_SEED = 2  # of BEST_RESNET: the network in data/pretrained
@@ -296,9 +202,12 @@ def shipped_errors(records: Records) -> list[list]:
 
 
 def save_thumbnails(path: Path, records: Records, data: utils.Landscapes) -> None:
-    """Write the test images of the shipped network's confident errors and, last, SHOWN."""
-    indices = [row[0] for row in shipped_errors(records)] + [SHOWN]
-    sheet = data.splits["test"][0][indices].permute(2, 0, 3, 1).flatten(1, 2)  # (48, N * 48, 3)
+    """Write the test images of the shipped network's confident errors, the first of each class, on
+    which Grad-CAM is shown, and, last, SHOWN."""
+    images, labels = data.splits["test"]
+    errors = [row[0] for row in shipped_errors(records)]
+    indices = [*errors, *analysis_q2.first_images(labels), SHOWN]
+    sheet = images[indices].permute(2, 0, 3, 1).flatten(1, 2)  # (48, N * 48, 3)
     utils.write_file(path, lambda file: Image.fromarray(sheet.numpy()).save(file))
 
 
@@ -665,10 +574,14 @@ def forest_rows(records: Records) -> list[tuple]:
     return rows
 
 
+def reorder(image: Tensor, pixels: str) -> Tensor:
+    """An image, uint8 (48, 48, 3), with its pixels in one of the orders of -pixels."""
+    return script.PIXELS[pixels](image.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
+
+
 def show_scrambled(panels: Iterable[Axes], image: Tensor) -> None:
     """Show an image, uint8 (48, 48, 3), and the same one scrambled, in two panels."""
-    scrambled = script.scramble_pixels(image.permute(2, 0, 1).unsqueeze(0))[0].permute(1, 2, 0)
-    versions = {"a photograph": image, "the same, scrambled": scrambled}
+    versions = {"a photograph": image, "the same, scrambled": reorder(image, "scrambled")}
     for axes, (title, version) in zip(panels, versions.items()):
         axes.imshow(version.numpy(), interpolation="nearest")
         axes.set_title(title)
@@ -678,7 +591,7 @@ def show_scrambled(panels: Iterable[Axes], image: Tensor) -> None:
 def draw_confident_errors(records: Records, thumbnails: Tensor) -> Figure | None:
     """The most confident errors of the shipped network, with true and predicted class."""
     errors = shipped_errors(records)
-    if len(thumbnails) != len(errors) + 1 or not errors:
+    if len(thumbnails) != len(errors) + len(utils.CLASSES) + 1 or not errors:
         return None
     fig, grid = utils.new_figure(5.6, 4.6, 4, 6)
     for axes, image, (_, true, guess, probability) in zip(grid.flat, thumbnails, errors):
@@ -693,6 +606,120 @@ def draw_confusion(records: Records) -> Figure | None:
     """The shipped network's confusion matrix."""
     runs = common.by_seed(records[BEST_RESNET], lambda run: run["final"]["test"]["confusion"])
     return script.plot_confusion("", runs[SHIPPED_SEED]) if SHIPPED_SEED in runs else None
+
+
+def draw_sweep(records: Records) -> Figure | None:
+    """Validation accuracy after 5 epochs against the learning rate; runs that diverge at chance."""
+    points = {rate: records[label] for rate, label in SWEEP.items() if records[label]}
+    if not points:
+        return None
+    fig, axes = utils.new_figure(5.0, 2.8)
+    means = {
+        rate: values for rate, runs in points.items() if (values := values_of("validation", runs))
+    }
+    axes.plot(means, list(map(statistics.mean, means.values())), color=utils.BLUE)
+    for rate, values in means.items():
+        axes.plot([rate] * len(values), values, "o", color=utils.BLUE, markersize=4, alpha=0.6)
+    diverged = [rate for rate, runs in points.items() for _ in runs[len(scored(runs)) :]]
+    axes.plot(diverged, [0] * len(diverged), "x", color="black", clip_on=False, label="diverged")
+    axes.axhline(1 / len(utils.CLASSES), color="0.6", linestyle=":", label="chance")
+    axes.set(xscale="log", xlabel="Learning rate", ylabel="Validation accuracy", ylim=(0, None))
+    axes.legend(loc="lower left")
+    return fig
+
+
+def draw_swings(records: Records) -> Figure | None:
+    """Validation accuracy over epochs, scored three ways, a panel for each of SWINGS."""
+    names = {
+        "as they are": ("weights as they are", utils.VERMILION, "-"),
+        "statistics": ("batch norm's statistics recomputed", utils.ORANGE, "--"),
+        "average": ("averaged weights", utils.BLUE, "-"),
+    }
+    measured = {
+        label: runs
+        for label in SWINGS
+        if (runs := [r["analysis"]["epochs"] for r in records[label] if "epochs" in r["analysis"]])
+    }
+    if not measured:
+        return None
+    fig, panels = utils.new_figure(5.6, 2.9, 1, len(measured), sharey=True, squeeze=False)
+    for axes, (label, runs) in zip(panels.flat, measured.items()):
+        for key, (name, color, line) in names.items():
+            values = [run[key] for run in runs]
+            common.plot_bands(axes, values, name, color=color, linestyle=line)
+        axes.set_title(common.with_seeds(label.partition(",")[0], runs))
+        axes.set(xlabel="Epoch")
+    panels[0][0].set(ylabel="Validation accuracy")
+    common.legend_above(fig, panels[0][0], 3)
+    return fig
+
+
+def draw_locality(records: Records) -> Figure | None:
+    """Test accuracies, a dot per run, of both networks on pixels in three orders."""
+    labels = [f"{name}, {pixels}" for name in LOCALITY for pixels in script.PIXELS]
+    return draw_dots(
+        {label: values_of("test", records[label]) for label in labels}, "Test accuracy"
+    )
+
+
+def draw_dots(groups: dict[str, list[float]], xlabel: str) -> Figure | None:
+    """A dot per run, for the groups that have any."""
+    groups = {label: values for label, values in groups.items() if values}
+    if not groups:
+        return None
+    fig, axes = utils.new_figure(5.6, 0.6 + 0.3 * len(groups))
+    common.plot_dots(axes, groups)
+    axes.set(xlabel=xlabel)
+    return fig
+
+
+def draw_filters(records: Records) -> Figure | None:
+    """The first layer's kernels of one CNN trained on ordered and one on scrambled pixels."""
+    rows = {
+        pixels: first_analysis(records, pixels, "filters") for pixels in ("ordered", "scrambled")
+    }
+    if None in rows.values():
+        return None
+    fig, panels = utils.new_figure(5.6, 2.6, 2, 1)
+    for axes, (pixels, kernels) in zip(panels, rows.items()):
+        kernels = torch.tensor(kernels).movedim(1, 3)  # (32, 3, 3, 3): rows, columns, channels
+        low, high = kernels.amin((1, 2, 3), True), kernels.amax((1, 2, 3), True)
+        kernels = (kernels - low) / (high - low)
+        tiles = F.pad(kernels, (0, 0, 0, 1, 0, 1), value=1.0)  # (32, 4, 4, 3): a white border
+        sheet = tiles.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        axes.imshow(sheet.numpy(), interpolation="nearest")
+        axes.set_title(f"trained on {pixels} pixels")
+        axes.axis("off")
+    return fig
+
+
+def first_analysis(records: Records, pixels: str, name: str) -> Any:
+    """A further measure of the CNN's first run on pixels in this order; None without it."""
+    runs = scored(records[f"CNN, {pixels}"])
+    return runs[0]["analysis"].get(name) if runs else None
+
+
+def draw_grad_cam(records: Records, thumbnails: Tensor) -> Figure | None:
+    """Grad-CAM of one CNN trained on ordered and one on scrambled pixels, on six images."""
+    cams = {
+        pixels: first_analysis(records, pixels, "grad_cam") for pixels in ("ordered", "scrambled")
+    }
+    images = thumbnails[-len(utils.CLASSES) - 1 : -1]
+    if None in cams.values() or len(images) < len(utils.CLASSES):
+        return None
+    fig, grid = utils.new_figure(5.6, 3.6, 3, len(images))
+    for axes, image, name in zip(grid[0], images, utils.CLASSES):
+        axes.imshow(image.numpy(), interpolation="nearest")
+        axes.set_title(name, fontsize=7)
+    for row, (pixels, cam) in zip(grid[1:], cams.items()):
+        for axes, image, guess, heat in zip(row, images, cam["predicted"], cam["maps"]):
+            axes.imshow(reorder(image, pixels).numpy(), interpolation="nearest")
+            extent = -0.5, utils.SIZE - 0.5, utils.SIZE - 0.5, -0.5
+            axes.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1, extent=extent)
+            axes.set_title(utils.CLASSES[guess], fontsize=7)
+    for axes in grid.flat:
+        axes.axis("off")
+    return fig
 
 
 def draw_running_mean(records: list[Record]) -> Figure | None:
@@ -712,17 +739,11 @@ def draw_running_mean(records: list[Record]) -> Figure | None:
 
 def draw_main_results(records: Records) -> Figure | None:
     """Test accuracies, a dot per run, and the original's best accuracy."""
-    groups = {
-        label: [accuracy(run, "test") for run in runs]
-        for label in MAIN_RESULTS
-        if (runs := scored(records[label]))
-    }
-    if not groups:
-        return None
-    fig, axes = utils.new_figure(5.6, 2.4)
-    common.plot_dots(axes, groups)
-    common.mark_original(axes, ORIGINAL[VARIANT][1])
-    axes.set(xlabel="Test accuracy")
+    fig = draw_dots(
+        {label: values_of("test", records[label]) for label in MAIN_RESULTS}, "Test accuracy"
+    )
+    if fig:
+        common.mark_original(fig.axes[0], ORIGINAL[VARIANT][1])
     return fig
 
 

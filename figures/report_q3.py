@@ -1,24 +1,20 @@
 """The report on question 3.
 
-experiments | analysis | measures of a record | tables | figures
+experiments | measures of a record | tables | figures
 """
 
-import itertools
 import math
 import shlex
 from argparse import Namespace
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
-from rapidfuzz.distance import Levenshtein
 
 import hw2_q3 as script
 import utils
-from figures import common
+from figures import analysis_q3, common
 from figures.common import Experiment, Record, Records, markdown_table, mean_sd
 
 # ----------------------------------------------------------------------------------------------
@@ -41,6 +37,7 @@ STEPS = {  # cumulative, from the original's model with attention to the best re
     "+ hidden size 256": "--hidden_size 256",
     "+ two layers": "--layers 2",
 }
+SMOOTHING = "+ one cycle, 30 epochs", "+ label smoothing"  # without and with it
 LANGUAGES = {"UK English": "uk", "Portuguese": "portuguese"}  # label: folder in data/
 RECIPE_BEST = f"--recipe best {DECODING}"
 RECIPE_ALL = f"{RECIPE_BEST} --dropout 0.2 --n_epochs 20"
@@ -56,7 +53,10 @@ EXPERIMENTS = (
     Experiment(PLAIN, DECODING),
     Experiment(ATTENTION, step_arguments(0)),
     Experiment(TRAINED_BETTER, f"{SMALL} {DECODING}", 3, "beyond"),
-    *(Experiment(step, step_arguments(i), 3, "beyond") for i, step in enumerate(STEPS, 1)),
+    *(
+        Experiment(step, step_arguments(i), 3, "beyond", extra=("sampling",) * (step in SMOOTHING))
+        for i, step in enumerate(STEPS, 1)
+    ),
     Experiment(BEST, RECIPE_BEST, 5, "beyond"),
     Experiment(ENSEMBLE, f"{RECIPE_BEST} --ensemble --seed 42 1 2 3 4", 1, "beyond", members=BEST),
     Experiment(ALL, RECIPE_ALL, 3, "beyond", "us-all"),
@@ -105,81 +105,6 @@ def is_scored(record: Record) -> bool:
     nucleus, beam = final.get("nucleus", {}), final.get("beam", {})
     settings = nucleus.get("p"), nucleus.get("k"), beam.get("size"), final.get("max_len")
     return settings == (P, K, BEAM_SIZE, script.MAX_LEN)
-
-
-# ----------------------------------------------------------------------------------------------
-# analysis: what only the report measures of a finished model
-
-N_CANDIDATES = 10  # of the WER@k curves
-
-
-def analyse(args: Namespace, data: utils.Pronunciations, device: torch.device) -> dict[str, Any]:
-    """Measure the finished model, or ensemble, of these arguments on the test words: 'lengths', in
-    symbols; 'curves', WER@k for k = 1 to 10 of 'nucleus' samples and of a 'beam' of 10; 'mistakes',
-    count_edits of the greedy spellings; and 'ambiguity' of the beam's first spellings."""
-    if args.ensemble:
-        speller = script.load_ensemble(args, data, device)
-    else:
-        speller, _, _ = script.load_speller(script.make_run(args, data).checkpoint, device)
-    pairs = speller.encode(script.directed_pairs(args, data, "test"))
-    split = speller.target.split
-    true, ks = list(map(split, pairs.spellings)), range(1, N_CANDIDATES + 1)
-    greedy = script.spellings(speller.greedy(pairs, args.max_len))
-    how = N_CANDIDATES, script.make_generator(args, device), args.max_len
-    candidates = {
-        "nucleus": script.spellings(speller.sample(pairs, args.topp, *how)),
-        "beam": script.spellings(speller.beam(pairs, N_CANDIDATES, args.max_len)),
-    }
-    curves = {
-        decoding: [script.wer_at_k(rows, pairs.spellings, k) for k in ks]
-        for decoding, rows in candidates.items()
-    }
-    mistakes = count_edits([split(row[0]) for row in greedy], true)
-    return {
-        "lengths": list(map(len, true)),
-        "curves": curves,
-        "mistakes": mistakes,
-        "ambiguity": ambiguity(
-            [row[0] for row in candidates["beam"]],
-            {split: script.directed_pairs(args, data, split) for split in data.splits},
-        ),
-    }
-
-
-def ambiguity(predicted: list[str], splits: dict[str, list[tuple]]) -> dict[str, float]:
-    """How many errors are due to pronunciations with several spellings.
-
-    Attested spellings of a pronunciation are all those in `splits`. Returns 'several', the share of
-    test pronunciations with more than one; 'wer_any', the WER if any of them counts as correct; and
-    'wer_best', the expected WER of a model that knows them all and has to choose one, if each is
-    equally probable.
-    """
-    attested = defaultdict(set)
-    for source, target in itertools.chain.from_iterable(splits.values()):
-        attested[source].add(target)
-    sources = [source for source, _ in splits["test"]]
-    counts = np.array([len(attested[source]) for source in sources])
-    correct = [word in attested[source] for word, source in zip(predicted, sources, strict=True)]
-    return {
-        "several": float((counts > 1).mean()),
-        "wer_any": 1 - sum(correct) / len(correct),
-        "wer_best": float((1 - 1 / counts).mean()),
-    }
-
-
-def count_edits(
-    predicted: list[Sequence[str]], true: list[Sequence[str]], most_common: int = 20
-) -> dict[str, Any]:
-    """The single edits from true to predicted words, sequences of symbols: 'kinds', how many of
-    each kind; 'common', the most frequent [true symbol, written symbol, count], '' for the written
-    symbol of a deletion and for the true one of an insertion."""
-    kinds, edits = Counter(), Counter()
-    for written, word in zip(predicted, true, strict=True):
-        for kind, i, j in Levenshtein.editops(word, written):
-            kinds[kind] += 1
-            edits["" if kind == "insert" else word[i], "" if kind == "delete" else written[j]] += 1
-    common = sorted(edits.items(), key=lambda item: (-item[1], item[0]))[:most_common]
-    return {"kinds": dict(sorted(kinds.items())), "common": [[a, b, n] for (a, b), n in common]}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -414,7 +339,7 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
     if not runs:
         return None
     fig, axes = utils.new_figure()
-    names = {"nucleus": DECODINGS["nucleus"], "beam": f"beam of {N_CANDIDATES}"}
+    names = {"nucleus": DECODINGS["nucleus"], "beam": f"beam of {analysis_q3.N_CANDIDATES}"}
     styles = {"color": utils.VERMILION}, {"color": utils.BLUE, "linestyle": "--"}
     for (decoding, name), style in zip(names.items(), styles):
         curves = [run["analysis"]["curves"][decoding] for run in runs]
@@ -423,7 +348,7 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
     axes.axhline(greedy, color="0.5", linestyle=":", label="greedy")
     original = ORIGINAL[ATTENTION, "nucleus"][1:]
     axes.plot([1, K], original, "x", color="black", label="nucleus, original")
-    axes.set_xticks(range(1, N_CANDIDATES + 1))
+    axes.set_xticks(range(1, analysis_q3.N_CANDIDATES + 1))
     axes.set(xlabel="Candidates per word, k", ylabel="Test WER@k")
     common.legend_above(fig, axes)
     return fig

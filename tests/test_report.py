@@ -16,7 +16,7 @@ import hw2_q2
 import hw2_q3
 import utils
 from data import prepare_landscapes, prepare_pronunciations
-from figures import common, report
+from figures import analysis_q2, analysis_q3, common, report
 from figures import report_q2 as q2
 from figures import report_q3 as q3
 from figures.common import mean_sd
@@ -212,7 +212,7 @@ def test_calibration():
 
 def test_thumbnails_show_the_most_confident_errors(tmp_path, monkeypatch, landscapes):
     log_probs = torch.tensor([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8], [0.6, 0.4]]).log()
-    rows = q2.confident_errors(log_probs, torch.tensor([0, 0, 0, 1]), count=2)
+    rows = analysis_q2.confident_errors(log_probs, torch.tensor([0, 0, 0, 1]), count=2)
     assert rows == [[2, 0, 1, 0.8], [1, 0, 1, 0.7]]
     run = {"arguments": {"seed": 2}, "final": {}, "analysis": {"confident_errors": rows}}
     other = {"arguments": {"seed": 3}, "final": {}, "analysis": {}}
@@ -220,7 +220,7 @@ def test_thumbnails_show_the_most_confident_errors(tmp_path, monkeypatch, landsc
     assert q2.draw_confident_errors(records, q2.load_thumbnails(path)) is None
     monkeypatch.setattr(q2, "SHOWN", 5)
     q2.save_thumbnails(path, records, landscapes)
-    images = landscapes.splits["test"][0][[2, 1, 5]].permute(0, 2, 3, 1)
+    images = landscapes.splits["test"][0][[2, 1, *range(6), 5]].permute(0, 2, 3, 1)
     assert torch.equal(q2.load_thumbnails(path), images)
     titles = [axes.get_title() for axes in q2.draw_confident_errors(records, images).axes]
     assert titles[:3] == ["buildings\nforest, 0.80", "buildings\nforest, 0.70", ""]
@@ -230,7 +230,7 @@ def test_ambiguity_by_hand():
     """Two of four test words sound like another word; one is spelled like that one."""
     train = [("s oʊ l", "soul"), ("s i", "sea"), ("k æ t", "cat")]
     test = [("s oʊ l", "Sol"), ("s i", "see"), ("d ɔ ɡ", "dog"), ("k æ t", "cat")]
-    found = q3.ambiguity(["soul", "cee", "dog", "kat"], {"train": train, "test": test})
+    found = analysis_q3.ambiguity(["soul", "cee", "dog", "kat"], {"train": train, "test": test})
     assert found == {"several": 0.5, "wer_any": 0.5, "wer_best": 0.25}
 
 
@@ -546,8 +546,10 @@ def test_question_3_is_trained_scored_and_analysed(monkeypatch, tmp_path):
 
 
 def test_edits_by_hand():
-    assert q3.count_edits(["cut", "bd", "tabs"], ["cat", "bed", "tab"]) == {
+    assert analysis_q3.count_edits(["cut", "bd", "tabs"], ["cat", "bed", "tab"]) == {
         "kinds": {"delete": 1, "insert": 1, "replace": 1},
         "common": [["", "s", 1], ["a", "u", 1], ["e", "", 1]],
     }
-    assert q3.count_edits(["cut"] * 2, ["cat"] * 2, most_common=1)["common"] == [["a", "u", 2]]
+    assert analysis_q3.count_edits(["cut"] * 2, ["cat"] * 2, most_common=1)["common"] == [
+        ["a", "u", 2]
+    ]
