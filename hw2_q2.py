@@ -315,7 +315,7 @@ def train(args: Namespace) -> None:
     with utils.run_lock(run):
         if args.restart:
             utils.discard_checkpoint(run)
-        elif record := utils.finished_record(run):
+        elif record := is_finished(run, args):
             print(f"{run.name} is finished; -restart retrains it", summary(record, "\n"), sep="\n")
             return
         splits = {split: to_device(*part, device, args) for split, part in data.splits.items()}
@@ -349,6 +349,11 @@ def train(args: Namespace) -> None:
         draw_figures(run, args, record, model, *data.splits["test"])
         print(utils.store_record(run, record))  # last: a run with final scores is complete
         print(f"Figures: {run.figures}\nCheckpoint: {run.checkpoint}")
+
+
+def is_finished(run: utils.Run, args: Namespace) -> dict[str, Any]:
+    """The record of a run that is trained and scored, or {}."""
+    return utils.finished_record(run)
 
 
 def train_one_epoch(

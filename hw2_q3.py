@@ -1286,7 +1286,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.lexicon is not None:
         load_lexicon(args.lexicon)  # a wrong one ends the command before training
     if not args.mode and len(configs := members(args)) > 1:
-        utils.train_side_by_side(sys.modules[__name__], configs, is_finished)
+        utils.train_side_by_side(sys.modules[__name__], configs)
         if not args.ensemble:
             return
     data, device = load_data(args), utils.prepare_device(args.device, args.threads or 1)

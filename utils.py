@@ -890,16 +890,11 @@ def run_lock(run: Run) -> Iterator[None]:
 # runs side by side
 
 
-def train_side_by_side(
-    script: ModuleType,
-    configs: list[Namespace],
-    is_finished: Callable = lambda run, args: finished_record(run),
-) -> None:
-    """Train the runs that several sets of arguments describe, each in a process of its own.
-
-    script: the question's module; is_finished(run, arguments): the record of a finished run, or {}.
-    Finished runs are skipped, so the same command again trains what is left; `restart` retrains
-    them. A run that fails does not stop the others; at the end UserError says how many failed.
+def train_side_by_side(script: ModuleType, configs: list[Namespace]) -> None:
+    """Train the runs that several sets of arguments of a question's script describe, each in a
+    process of its own. Finished runs are skipped, so the same command again trains what is left;
+    `restart` retrains them. A run that fails does not stop the others; at the end UserError says
+    how many failed.
     """
     args, data = configs[0], script.load_data(configs[0])
     runs, failures = {}, 0  # runs: {command: (run, its record before)}
@@ -907,7 +902,7 @@ def train_side_by_side(
         run, before, record = script.make_run(config, data), {}, {}
         with contextlib.suppress(UserError):  # damaged files: the run's own process says so
             before = load_record(run.record)
-            record = {} if args.restart else is_finished(run, config)
+            record = {} if args.restart else script.is_finished(run, config)
         if record:
             note = f"(finished; {script.DASH}restart retrains it)"
             print(f"{run.name}: {script.summary(record)} {note}")

@@ -42,7 +42,7 @@ def analyse(
     }
     mistakes = count_edits([split(row[0]) for row in greedy], true)
     val = speller.encode(script.directed_pairs(args, data, "val"))
-    more = {name: EXTRA[name](speller, args, val) for name in extra}
+    more = {name: EXTRA[name](speller, args, val) for name in extra if name in EXTRA}
     return more | {
         "lengths": list(map(len, true)),
         "curves": curves,

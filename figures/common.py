@@ -29,7 +29,7 @@ class Experiment:
     it improves on the original
     data: the name of a folder in data/, or None for the default data
     members: for an ensemble, the label of the experiment whose models it combines
-    extra: names of further measures of its runs' analysis
+    extra: what else its records need: names of further measures, or of scores, such as 'lexicon'
     """
 
     label: str

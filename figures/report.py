@@ -143,9 +143,9 @@ def is_bfloat16(args: Namespace) -> bool:
 
 def is_finished(question: ModuleType, record: Record, extra: Sequence[str] = ()) -> bool:
     """Whether a record has all that the report needs, and these further measures."""
-    analysis = record.get("analysis", {})
-    is_measured = question.is_scored(record) and analysis and set(extra) <= analysis.keys()
-    return bool(is_measured) or "diverged_in_epoch" in record
+    measured = record.get("analysis", {}).keys() | record.get("final", {}).keys()
+    is_measured = question.is_scored(record) and {"analysis", *extra} <= {*measured, *record}
+    return is_measured or "diverged_in_epoch" in record
 
 
 def find_records(question: ModuleType, records: ByName) -> Records:
@@ -218,11 +218,6 @@ def list_jobs(question: ModuleType, jobs: list[Job], found: Records) -> None:
 def train(question: ModuleType, jobs: list[Job], options: Namespace, records: ByName) -> list[str]:
     """Train runs side by side, one data set after the other and ensembles last, and analyse them.
     A run that fails does not stop the others; returns the errors."""
-
-    def is_trained(run, args):
-        record = utils.finished_record(run)
-        return record if question.is_scored(record) else {}
-
     groups, errors = {}, []
     for experiment, args in jobs:
         key = bool(experiment.members), experiment.data or ""
@@ -232,7 +227,7 @@ def train(question: ModuleType, jobs: list[Job], options: Namespace, records: By
     for group, data in zip(groups, loaded):
         configs = [args for _, args in group]
         try:
-            utils.train_side_by_side(question.script, configs, is_trained)
+            utils.train_side_by_side(question.script, configs)
         except UserError as error:
             errors.append(str(error))
         device = utils.prepare_device(options.device, options.threads or 1)

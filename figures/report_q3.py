@@ -38,9 +38,11 @@ STEPS = {  # cumulative, from the original's model with attention to the best re
     "+ two layers": "--layers 2",
 }
 SMOOTHING = "+ one cycle, 30 epochs", "+ label smoothing"  # without and with it
-LANGUAGES = {"UK English": "uk", "Portuguese": "portuguese"}  # label: folder in data/
+LISTED = ("lexicon",)  # further scores: with a list of words
+LANGUAGES = {"UK English": ("uk", "en"), "Portuguese": ("portuguese", "pt")}  # data, wordfreq's
 RECIPE_BEST = f"--recipe best {DECODING}"
-RECIPE_ALL = f"{RECIPE_BEST} --dropout 0.2 --n_epochs 20"
+RECIPE_ALL = f"{RECIPE_BEST} --lexicon en --dropout 0.2 --n_epochs 20"
+WORDS = {1000: 60, 2500: 40, 5000: 30, 10_000: 20, 20_000: 20, 40_000: 15, 75_049: 12}  # epochs
 SMALL = "--use_attn --embedding_scale 0.1 --input_feeding --dropout 0.2 --schedule one_cycle"
 
 
@@ -49,24 +51,43 @@ def step_arguments(count: int) -> str:
     return " ".join(["--use_attn", *list(STEPS.values())[:count], DECODING])
 
 
+def words_label(words: int) -> str:
+    """The label of the original's model trained on so many words."""
+    return f"attention, {words:,} words"
+
+
 EXPERIMENTS = (
     Experiment(PLAIN, DECODING),
-    Experiment(ATTENTION, step_arguments(0)),
+    Experiment(ATTENTION, f"{step_arguments(0)} --lexicon en", extra=LISTED),
     Experiment(TRAINED_BETTER, f"{SMALL} {DECODING}", 3, "beyond"),
     *(
         Experiment(step, step_arguments(i), 3, "beyond", extra=("sampling",) * (step in SMOOTHING))
         for i, step in enumerate(STEPS, 1)
     ),
-    Experiment(BEST, RECIPE_BEST, 5, "beyond"),
-    Experiment(ENSEMBLE, f"{RECIPE_BEST} --ensemble --seed 42 1 2 3 4", 1, "beyond", members=BEST),
-    Experiment(ALL, RECIPE_ALL, 3, "beyond", "us-all"),
+    Experiment(BEST, f"{RECIPE_BEST} --lexicon en", 5, "beyond", extra=LISTED),
     Experiment(
-        ALL_ENSEMBLE, f"{RECIPE_ALL} --ensemble --seed 42 1 2", 1, "beyond", "us-all", members=ALL
+        ENSEMBLE, f"{RECIPE_BEST} --lexicon en --ensemble --seed 42 1 2 3 4", 1, "beyond",
+        members=BEST, extra=LISTED,
     ),
-    Experiment(SHIPPED, f"{RECIPE_ALL} --n_epochs 12", 1, "beyond", "us-all"),
+    Experiment(ALL, RECIPE_ALL, 3, "beyond", "us-all", extra=LISTED),
+    Experiment(
+        ALL_ENSEMBLE, f"{RECIPE_ALL} --ensemble --seed 42 1 2", 1, "beyond", "us-all",
+        members=ALL, extra=LISTED,
+    ),
+    Experiment(SHIPPED, f"{RECIPE_ALL} --n_epochs 12", 1, "beyond", "us-all", extra=LISTED),
     Experiment(G2P, f"{RECIPE_BEST} --direction g2p", 2, "beyond"),
-    *(Experiment(name, RECIPE_BEST, 2, "beyond", data) for name, data in LANGUAGES.items()),
-)
+    *(
+        Experiment(name, f"{RECIPE_BEST} --lexicon {lexicon}", 2, "beyond", data, extra=LISTED)
+        for name, (data, lexicon) in LANGUAGES.items()
+    ),
+    *(
+        Experiment(
+            words_label(n), f"--use_attn --n_epochs {epochs} {DECODING}", 2, "beyond",
+            "us-all" if n == max(WORDS) else f"us-{n}",
+        )
+        for n, epochs in WORDS.items()
+    ),
+)  # fmt: skip
 MEMBERS = {e.label: e.members for e in EXPERIMENTS if e.members}
 OTHERS = G2P, *LANGUAGES
 MAIN_RESULTS = ATTENTION, TRAINED_BETTER, BEST, ENSEMBLE, ALL, ALL_ENSEMBLE

@@ -452,7 +452,7 @@ def test_missing_runs_do_not_mix_data(committed, monkeypatch, landscapes_path, f
 def only(monkeypatch, question, arguments, seeds):
     """Leave the experiments of {label: arguments} alone in the group 'report'."""
     experiments = [
-        dataclasses.replace(e, arguments=arguments[e.label], seeds=seeds, group="report")
+        dataclasses.replace(e, arguments=arguments[e.label], seeds=seeds, group="report", extra=())
         if e.label in arguments else dataclasses.replace(e, group="none")
         for e in question.EXPERIMENTS
     ]  # fmt: skip
