@@ -722,6 +722,63 @@ def draw_grad_cam(records: Records, thumbnails: Tensor) -> Figure | None:
     return fig
 
 
+def budgets(records: Records) -> dict[str, dict[int, tuple[float, list[float]]]]:
+    """{recipe: {epochs: (minutes, test accuracies)}} of the recipes that were trained with several
+    budgets."""
+    original = {10: ORIGINAL_10, 20: next(iter(SWINGS)), 40: VARIANT}
+    recipes = {"the original's recipe": original}
+    for model, name, longest in (("cnn", BEST, BEST), ("resnet", BEST_RESNET, BEST_RESNET)):
+        recipes[name] = {e: label for (m, e), label in BUDGETS.items() if m == model} | {
+            60: longest
+        }
+    return {
+        recipe: {
+            epochs: (common.least_minutes(runs), values_of("test", runs))
+            for epochs, label in labels.items()
+            if (runs := scored(records[label]))
+        }
+        for recipe, labels in recipes.items()
+    }
+
+
+def minutes_to(records: Records, recipe: str, threshold: float) -> str:
+    """The minutes of the smallest budget whose mean test accuracy reaches the threshold."""
+    reached = [
+        minutes
+        for minutes, values in budgets(records)[recipe].values()
+        if statistics.mean(values) >= threshold
+    ]
+    return f"{min(reached):.1f}" if reached else "–"
+
+
+def budget_table(records: Records) -> str | None:
+    """Test accuracy of each recipe and budget, and the minutes that it takes."""
+    rows = [
+        [recipe, epochs, f"{minutes:.1f}", mean_sd(values), len(values)]
+        for recipe, row in budgets(records).items()
+        for epochs, (minutes, values) in row.items()
+    ]
+    return markdown_table(["recipe", "epochs", "minutes", "test", "runs"], rows)
+
+
+def draw_budgets(records: Records) -> Figure | None:
+    """Test accuracy against minutes of training, a dot per run and a line through the means."""
+    fig, axes = utils.new_figure(5.6, 3.2)
+    colors = utils.VERMILION, utils.BLUE, utils.GREEN
+    for (recipe, row), color in zip(budgets(records).items(), colors):
+        for minutes, values in row.values():
+            axes.plot([minutes] * len(values), values, "o", color=color, markersize=3, alpha=0.5)
+        points = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
+        axes.plot(*zip(*points), color=color, label=recipe)
+    for accuracy_reached in (ORIGINAL[VARIANT][1], 0.85, 0.89):
+        axes.axhline(accuracy_reached, color="0.6", linestyle=":", linewidth=0.8)
+    axes.set(xscale="log", xlabel="Minutes of one thread", ylabel="Test accuracy")
+    axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
+    axes.minorticks_off()
+    axes.legend(loc="lower right")
+    return fig if axes.lines else None
+
+
 def draw_running_mean(records: list[Record]) -> Figure | None:
     """Each epoch's training loss, and the mean since the first epoch, which the original plots."""
     losses = common.curves(records, "train_loss")

@@ -3,6 +3,7 @@
 experiments | measures of a record | tables | figures
 """
 
+import itertools
 import math
 import shlex
 from argparse import Namespace
@@ -276,6 +277,24 @@ def edit_table(runs: list[Record], rows_shown: int = 12) -> str | None:
     return markdown_table(["correct", "written", "count"], rows, text=2)
 
 
+def sampling_table(records: Records) -> str | None:
+    """Validation CER of the first sample for each temperature and p, without and with label
+    smoothing, and the differences."""
+
+    def errors(label, i):  # {seed: CER}
+        runs = [run for run in records[label] if "sampling" in run["analysis"]]
+        return common.by_seed(runs, lambda run: run["analysis"]["sampling"][i][2])
+
+    rows, settings = [], itertools.product(analysis_q3.TEMPERATURES, analysis_q3.P_VALUES)
+    for i, setting in enumerate(settings):
+        plain, smoothed = (errors(label, i) for label in SMOOTHING)
+        if plain and smoothed:
+            cells = (mean_sd(list(values.values())) for values in (plain, smoothed))
+            rows.append([*setting, *cells, common.difference(smoothed, plain)])
+    head = "temperature", "p", "CER, no label smoothing", "CER, label smoothing", "difference"
+    return markdown_table(head, rows, text=0)
+
+
 RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")
 RESULT_COLUMNS = tuple(f"{decoding}, {measure.upper()}" for decoding, measure in RESULTS)
 
@@ -373,6 +392,68 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
     axes.set(xlabel="Candidates per word, k", ylabel="Test WER@k")
     common.legend_above(fig, axes)
     return fig
+
+
+def draw_lexicon(runs: list[Record]) -> Figure | None:
+    """WER@k of a beam with and without a list of words, for the words in the list and the others,
+    a panel each."""
+    runs = [run for run in runs if "lexicon" in run["final"]]
+    if not runs:
+        return None
+    fig, panels = utils.new_figure(5.6, 2.8, 1, 2, sharey=True)
+    for axes, is_listed in zip(panels, (1, 0)):
+        for decoding, name, style in (
+            ("beam", DECODINGS["beam"], {"color": utils.VERMILION, "linestyle": "--"}),
+            ("lexicon", "beam of 30, re-ranked by a list", {"color": utils.BLUE}),
+        ):
+            values = [wer_at_ks(run, decoding, is_listed) for run in runs]
+            common.plot_bands(axes, values, name, ".", **style)
+        count = runs[0]["final"]["lexicon"]["listed"].count(is_listed)
+        axes.set_title(f"{count} words {'in' if is_listed else 'not in'} the list")
+        axes.set(xlabel="Candidates per word, k")
+    panels[0].set(ylabel="Test WER@k", ylim=(0, None))
+    common.legend_above(fig, panels[0])
+    return fig
+
+
+def wer_at_ks(record: Record, decoding: str, is_listed: int) -> list[float]:
+    """WER@k for k = 1 to BEAM_SIZE of the test words that are, or are not, in the list."""
+    final = record["final"]
+    ranks = np.array(final[decoding]["ranks"])[np.equal(final["lexicon"]["listed"], is_listed)]
+    return [float(1 - np.mean((ranks >= 1) & (ranks <= k))) for k in range(1, BEAM_SIZE + 1)]
+
+
+def errors_by_words(records: Records, measure: str) -> dict[int, list[float]]:
+    """{training words: greedy test error rates} of the original's model with attention."""
+    runs = {n: records[words_label(n)] for n in WORDS}
+    return {n: [error(r, "greedy", measure) for r in part] for n, part in runs.items() if part}
+
+
+def draw_words(records: Records) -> Figure | None:
+    """Test CER and WER against the number of training words, on logarithmic axes."""
+    if not errors_by_words(records, "cer"):
+        return None
+    fig, panels = utils.new_figure(5.6, 2.8, 1, 2)
+    for axes, measure, ticks in zip(panels, ("cer", "wer"), ((0.1, 0.2, 0.4, 0.8), (0.5, 0.7, 1))):
+        groups = errors_by_words(records, measure)
+        axes.plot(groups.keys(), list(map(np.mean, groups.values())), color=utils.BLUE)
+        for n, values in groups.items():
+            axes.plot([n] * len(values), values, "o", color=utils.BLUE, markersize=4, alpha=0.6)
+        axes.set(xscale="log", yscale="log", xlabel="Training words")
+        axes.set(ylabel=f"Test {measure.upper()}")
+        axes.set_yticks(ticks, list(map(str, ticks)))
+        axes.minorticks_off()
+    return fig
+
+
+def exponent(records: Records, measure: str) -> str | None:
+    """The exponent b of the power law, error = c words^b, through the means, by least squares of
+    logarithms."""
+    groups = errors_by_words(records, measure)
+    if len(groups) < 2:
+        return None
+    means = [np.log(np.mean(values)) for values in groups.values()]
+    return f"{np.polyfit(np.log(list(groups)), means, 1)[0]:.2f}"
 
 
 def draw_lengths(
