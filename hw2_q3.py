@@ -252,6 +252,27 @@ class Ensemble(nn.Module):
         return torch.stack(log_probs).logsumexp(0) - math.log(len(results)), sum(states, ())
 
 
+class Unsmoothed(nn.Module):
+    """A model trained with label smoothing e, which teaches it q = (1 - e) p + e / V over the V
+    symbols that can be emitted. This one gives p: e / V, which smoothing gives even to absurd
+    symbols, is subtracted from each q, and what remains is normalised."""
+
+    def __init__(self, model: Seq2Seq | Ensemble, smoothing: float):
+        super().__init__()
+        self.model, self.smoothing = model, smoothing
+
+    def encode(self, sources: Tensor, lengths: Tensor) -> tuple:
+        """As Seq2Seq.encode."""
+        return self.model.encode(sources, lengths)
+
+    def next_log_probs(self, *step: Any) -> tuple[Tensor, tuple]:
+        """As Seq2Seq.next_log_probs."""
+        log_probs, state = self.model.next_log_probs(*step)
+        probs = log_probs.exp() - self.smoothing / (log_probs.shape[1] - END)
+        probs = probs.clamp(min=0)
+        return (probs / probs.sum(1, keepdim=True)).log(), state
+
+
 def build_model(args: Namespace, source: "Vocabulary", target: "Vocabulary") -> Seq2Seq:
     """The model that the arguments describe, for the two vocabularies."""
     model = Seq2Seq(len(source), len(target), args)
@@ -354,12 +375,19 @@ MAX_LEN = 50  # characters
 
 
 class Speller(NamedTuple):
-    """A model and the vocabularies of its two sides. Each way of decoding gives for each word a
-    list of candidates (spelling, log-probability)."""
+    """A model and the vocabularies of its two sides, with the label smoothing that trained it. Each
+    way of decoding gives for each word a list of candidates (spelling, log-probability)."""
 
-    model: Seq2Seq | Ensemble
+    model: Seq2Seq | Ensemble | Unsmoothed
     source: Vocabulary
     target: Vocabulary
+    smoothing: float = 0.0
+
+    def unsmoothed(self) -> "Speller":
+        """This speller with the probabilities before label smoothing."""
+        if not self.smoothing:
+            return self
+        return self._replace(model=Unsmoothed(self.model, self.smoothing), smoothing=0.0)
 
     def encode(self, pairs: list[tuple]) -> EncodedPairs:
         """Encode pairs (phonemes, spelling) on the model's device."""
@@ -373,8 +401,8 @@ class Speller(NamedTuple):
         self, pairs: EncodedPairs, p: float, k: int, generator: torch.Generator,
         max_len: int = MAX_LEN,
     ) -> list[list[tuple]]:  # fmt: skip
-        """k samples from the nucleus, in the order they were drawn."""
-        return self.decode(generate, pairs, k, max_len, nucleus_sampler(p, generator))
+        """k samples from the nucleus, in the order they were drawn, without label smoothing."""
+        return self.unsmoothed().decode(generate, pairs, k, max_len, nucleus_sampler(p, generator))
 
     def beam(self, pairs: EncodedPairs, beam_size: int, max_len: int = MAX_LEN) -> list[list]:
         """The `beam_size` best that a beam of this size finds, best first."""
@@ -775,7 +803,7 @@ def load_speller(
         utils.require_finite(model)
     if direction not in (None, args.direction):
         raise UserError(f"{path}: was trained with the other --direction")
-    return Speller(model.eval(), source, target), args, saved
+    return Speller(model.eval(), source, target, args.label_smoothing), args, saved
 
 
 def load_ensemble(args: Namespace, data: Pronunciations, device: torch.device) -> Speller:
@@ -836,7 +864,8 @@ def score_lexicon(speller: Speller, data: Pronunciations, args: Namespace) -> di
     validation words; 'listed': whether the list has each true word. Raises UserError."""
     lexicon, size = load_lexicon(args.lexicon), max(LEXICON_BEAM, args.beam_size or 0)
     val, test = (speller.encode(directed_pairs(args, data, split)) for split in ("val", "test"))
-    val_beam, test_beam = (speller.beam(pairs, size, args.max_len) for pairs in (val, test))
+    unsmoothed = speller.unsmoothed()
+    val_beam, test_beam = (unsmoothed.beam(pairs, size, args.max_len) for pairs in (val, test))
     reranker = fit_reranker(val_beam, val.spellings, lexicon)
     true, k = test.spellings, min(args.k, size)
     ranked = [[c[:2] for c in row] for row in reranker.rerank(test_beam)]
@@ -1068,8 +1097,8 @@ def decode(
     """Candidates (spelling, log-probability, score) of words, by the decoding asked for."""
     pairs = speller.encode([(reading, "") for reading in readings])
     if reranker:
-        beam = speller.beam(pairs, max(LEXICON_BEAM, args.beam_size or 1), args.max_len)
-        return reranker.rerank(beam)
+        size = max(LEXICON_BEAM, args.beam_size or 1)
+        return reranker.rerank(speller.unsmoothed().beam(pairs, size, args.max_len))
     if args.beam_size:
         rows = speller.beam(pairs, args.beam_size, args.max_len)
     elif args.nucleus:

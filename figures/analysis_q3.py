@@ -95,20 +95,35 @@ P_VALUES, TEMPERATURES = (0.6, 0.8, 0.9, 1.0), (0.4, 0.6, 0.8, 1.0)
 
 def sampling_errors(
     speller: script.Speller, args: Namespace, pairs: script.EncodedPairs
-) -> list[list[float]]:
+) -> dict[str, list[list[float]]]:
     """[temperature, p, CER of the first sample, WER@3] of nucleus sampling from the probabilities
-    raised to the power 1 / temperature and normalised, for all TEMPERATURES and P_VALUES."""
-    rows = []
-    for temperature, p in itertools.product(TEMPERATURES, P_VALUES):
-        choose = script.nucleus_sampler(p, script.make_generator(args, pairs.sources.device))
+    raised to the power 1 / temperature and normalised, for all TEMPERATURES and P_VALUES: 'as
+    trained', and without label smoothing, 'unsmoothed'."""
+    return {
+        name: [
+            [temperature, p, *tempered_errors(version, args, pairs, temperature, p)]
+            for temperature, p in itertools.product(TEMPERATURES, P_VALUES)
+        ]
+        for name, version in (("as trained", speller), ("unsmoothed", speller.unsmoothed()))
+    }
 
-        def choose_tempered(log_probs, choose=choose, temperature=temperature):
-            return choose((log_probs / temperature).log_softmax(1))
 
-        samples = speller.decode(script.generate, pairs, 3, args.max_len, choose_tempered)
-        scores = script.score_candidates(script.spellings(samples), pairs.spellings, 3)
-        rows.append([temperature, p, scores["cer"], scores["wer@3"]])
-    return rows
+def tempered_errors(
+    speller: script.Speller,
+    args: Namespace,
+    pairs: script.EncodedPairs,
+    temperature: float,
+    p: float,
+) -> tuple[float, float]:  # fmt: skip
+    """CER of the first sample and WER@3."""
+    choose = script.nucleus_sampler(p, script.make_generator(args, pairs.sources.device))
+
+    def choose_tempered(log_probs):
+        return choose((log_probs / temperature).log_softmax(1))
+
+    samples = speller.decode(script.generate, pairs, 3, args.max_len, choose_tempered)
+    scores = script.score_candidates(script.spellings(samples), pairs.spellings, 3)
+    return scores["cer"], scores["wer@3"]
 
 
 EXTRA = {"sampling": sampling_errors}

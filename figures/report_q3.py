@@ -278,21 +278,25 @@ def edit_table(runs: list[Record], rows_shown: int = 12) -> str | None:
 
 
 def sampling_table(records: Records) -> str | None:
-    """Validation CER of the first sample for each temperature and p, without and with label
-    smoothing, and the differences."""
-
-    def errors(label, i):  # {seed: CER}
-        runs = [run for run in records[label] if "sampling" in run["analysis"]]
-        return common.by_seed(runs, lambda run: run["analysis"]["sampling"][i][2])
-
+    """Validation CER of the first sample for each temperature and p: without label smoothing, with
+    it, and with it undone, and the differences to the first."""
+    plain, smoothed = (
+        [run for run in records[label] if "sampling" in run["analysis"]] for label in SMOOTHING
+    )
+    if not plain or not smoothed:
+        return None
     rows, settings = [], itertools.product(analysis_q3.TEMPERATURES, analysis_q3.P_VALUES)
     for i, setting in enumerate(settings):
-        plain, smoothed = (errors(label, i) for label in SMOOTHING)
-        if plain and smoothed:
-            cells = (mean_sd(list(values.values())) for values in (plain, smoothed))
-            rows.append([*setting, *cells, common.difference(smoothed, plain)])
-    head = "temperature", "p", "CER, no label smoothing", "CER, label smoothing", "difference"
-    return markdown_table(head, rows, text=0)
+
+        def errors(runs, version, i=i):  # {seed: CER}
+            return common.by_seed(runs, lambda run: run["analysis"]["sampling"][version][i][2])
+
+        base, row = errors(plain, "as trained"), list(setting)
+        for values in (base, errors(smoothed, "as trained"), errors(smoothed, "unsmoothed")):
+            row += [mean_sd(list(values.values())), common.difference(values, base)]
+        rows.append(row[:3] + row[4:])  # the first has no difference
+    head = "temperature", "p", "no label smoothing", "label smoothing", "difference"
+    return markdown_table((*head, "undone", "difference"), rows, text=0)
 
 
 RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")

@@ -82,7 +82,9 @@ def test_sampling_at_low_temperature_is_greedy(monkeypatch):
     encoded = speller.encode(pairs)
     monkeypatch.setattr(analysis_q3, "TEMPERATURES", (1e-4, 1.0))
     monkeypatch.setattr(analysis_q3, "P_VALUES", (1.0,))
-    cold, plain = analysis_q3.sampling_errors(speller, args, encoded)
+    scores = analysis_q3.sampling_errors(speller, args, encoded)
+    assert scores["as trained"] == scores["unsmoothed"]  # it was trained without label smoothing
+    cold, plain = scores["as trained"]
     greedy = hw2_q3.score_candidates(
         hw2_q3.spellings(speller.greedy(encoded, args.max_len)), encoded.spellings
     )

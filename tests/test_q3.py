@@ -847,13 +847,41 @@ def test_samples_have_the_frequencies_of_the_nucleus():
     assert frequencies[[0, 4]].sum() == 0
 
 
+def test_label_smoothing_is_undone():
+    """q = (1 - e) p + e / V over the V symbols that can be emitted gives p again."""
+    p = torch.tensor([[0.0, 0.0, 0.0, 0.7, 0.3, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.2, 0.2, 0.6]])
+    q = 0.9 * p + 0.1 / 4
+    q[:, :END] = 0
+    smoothed = torch.nn.Module()
+    smoothed.next_log_probs = lambda *_: (q.log(), "state")
+    log_probs, state = hw2_q3.Unsmoothed(smoothed, 0.1).next_log_probs()
+    assert state == "state"
+    assert_close(log_probs.exp(), p)
+
+
+def test_smoothed_models_are_sampled_and_re_ranked_without_smoothing():
+    speller = make_speller()
+    smoothed = speller._replace(smoothing=0.2)
+    pairs = speller.encode(PAIRS)
+    assert speller.unsmoothed() is speller
+    assert smoothed.beam(pairs, 3) == speller.beam(pairs, 3)
+    bare = speller._replace(model=hw2_q3.Unsmoothed(speller.model, 0.2))
+    assert smoothed.unsmoothed().beam(pairs, 3) == bare.beam(pairs, 3) != speller.beam(pairs, 3)
+    how = 0.9, 3
+    assert smoothed.sample(pairs, *how, seeded(0)) == bare.sample(pairs, *how, seeded(0))
+
+
 def test_special_symbols_are_never_written():
     """Even by a model that prefers them."""
     speller = make_speller()
     with torch.no_grad():
         speller.model.decoder.output.bias[[PAD, UNK, START]] = 50.0
     pairs = speller.encode(PAIRS)
-    samples = [speller.sample(pairs, p, 4, seeded(0), 15) for p in (0.8, 1.0)]
+    samples = [
+        version.sample(pairs, p, 4, seeded(0), 15)
+        for version in (speller, speller._replace(smoothing=0.5))
+        for p in (0.8, 1.0)
+    ]
     for row in itertools.chain(*samples, speller.greedy(pairs), speller.beam(pairs, 3)):
         assert set("".join(spelling for spelling, _ in row)) <= set("abcdef")
         assert all(math.isfinite(score) for _, score in row)
