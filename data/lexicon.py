@@ -104,7 +104,7 @@ class Weights:
     frequency: float = 0.5  # times the log frequency of a listed word
     unlisted: float = 13.0  # taken from a word that is not listed, which can still win
     capital: float = 0.5  # taken from a listed word with a capital that the list does not have
-    margin: float = 4.0  # a spelling less probable than the best by more is not considered
+    margin: float = 5.0  # a spelling less probable than the best by more is not considered
 
 
 GRID = [
