@@ -122,13 +122,6 @@ def minutes(record: Record) -> float:
     return sum(record["measured"]["seconds"]) / 60
 
 
-def least_minutes(records: list[Record]) -> float:
-    """The median over runs of the number of epochs times the fastest epoch, which other work on the
-    machine slows least."""
-    times = (record["measured"]["seconds"] for record in records)
-    return statistics.median(len(seconds) * min(seconds) / 60 for seconds in times)
-
-
 def seconds_per_epoch(record: Record) -> float:
     """The median over a run's epochs."""
     return statistics.median(record["measured"]["seconds"])
