@@ -91,6 +91,13 @@ def test_the_readmes_table_has_the_records_results():
     assert table[2:] == rows
 
 
+def test_the_readme_gives_the_minutes_to_three_accuracies():
+    targets = (q2.BEST, 0.746), (q2.BEST, 0.85), (q2.BEST_RESNET, 0.89)
+    minutes = (q2.minutes_to(FOUND["q2"], *target) for target in targets)
+    words = ".746 in {} minutes, .85 in {} and, with a residual network, .89 in {}."
+    assert words.format(*minutes) in " ".join(README.split())
+
+
 def test_docstrings_of_the_scripts_give_the_records_results():
     text = " ".join(hw2_q2.__doc__.split())
     for label, words in ((q2.VARIANT, "{} ({} seeds,"), (q2.PLAIN, "plain {} ({} seeds)"),
