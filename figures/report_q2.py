@@ -65,6 +65,7 @@ SWINGS = {  # of validation accuracy: the variant, 20 epochs
     "last batch kept, 20 epochs": "-last_batch keep",
 }
 LOCALITY = {"CNN": "", "one convolution": "-kernel_size 48"}  # 10 epochs, pixels in three orders
+LOCALITIES = tuple(f"{name}, {pixels}" for name in LOCALITY for pixels in script.PIXELS)
 SWEEP = {  # of learning rates
     rate: f"plain, rate {rate}, 5 epochs"
     for rate in (3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -481,6 +482,29 @@ def mean_errors(runs: list[Record]) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(m).float().mean(0).fill_diagonal_(0) for m in (every, confident))
 
 
+def filter_table(records: Records) -> str | None:
+    """Correlations of weights in the first layer's kernels: of neighbours in a row or a column, and
+    of two colours at the same position."""
+
+    def correlation(*pairs):
+        a, b = (np.concatenate([part.ravel() for part in side]) for side in zip(*pairs))
+        return float(np.corrcoef(a, b)[0, 1])
+
+    rows = []
+    for pixels in ("ordered", "scrambled"):
+        runs = [run["analysis"].get("filters") for run in scored(records[f"CNN, {pixels}"])]
+        kernels = [
+            np.array(run) for run in runs if run
+        ]  # (32, 3, 3, 3): output, colour, row, column
+        if kernels:
+            across = [correlation((k[..., :-1], k[..., 1:])) for k in kernels]
+            down = [correlation((k[:, :, :-1], k[:, :, 1:])) for k in kernels]
+            colors = [correlation(*((k[:, i], k[:, i - 1]) for i in range(3))) for k in kernels]
+            rows.append([pixels, *map(mean_sd, (across, down, colors)), len(kernels)])
+    head = "pixels", "neighbours in a row", "neighbours in a column", "two colours", "runs"
+    return markdown_table(head, rows)
+
+
 def errors_table(records: list[Record], rows_shown: int = 8) -> str | None:
     """The most frequently confused pairs of classes, with the number of confident errors."""
     if not (runs := scored(records)):
@@ -663,10 +687,8 @@ def draw_swings(records: Records) -> Figure | None:
 
 def draw_locality(records: Records) -> Figure | None:
     """Test accuracies, a dot per run, of both networks on pixels in three orders."""
-    labels = [f"{name}, {pixels}" for name in LOCALITY for pixels in script.PIXELS]
-    return draw_dots(
-        {label: values_of("test", records[label]) for label in labels}, "Test accuracy"
-    )
+    groups = {label: values_of("test", records[label]) for label in LOCALITIES}
+    return draw_dots(groups, "Test accuracy")
 
 
 def draw_dots(groups: dict[str, list[float]], xlabel: str) -> Figure | None:
@@ -687,7 +709,7 @@ def draw_filters(records: Records) -> Figure | None:
     }
     if None in rows.values():
         return None
-    fig, panels = utils.new_figure(5.6, 2.6, 2, 1)
+    fig, panels = utils.new_figure(5.6, 2.0, 2, 1)
     for axes, (pixels, kernels) in zip(panels, rows.items()):
         kernels = torch.tensor(kernels).movedim(1, 3)  # (32, 3, 3, 3): rows, columns, channels
         low, high = kernels.amin((1, 2, 3), True), kernels.amax((1, 2, 3), True)

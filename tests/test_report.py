@@ -233,6 +233,15 @@ def test_thumbnails_show_the_most_confident_errors(tmp_path, monkeypatch, landsc
     assert titles[:3] == ["buildings\nforest, 0.80", "buildings\nforest, 0.70", ""]
 
 
+def test_correlations_of_filters_by_hand():
+    """The colours agree; each row repeats a number, whose sign changes from row to row."""
+    column = np.array([1.0, -1.0, 1.0])
+    kernel = np.broadcast_to(column[:, None], (3, 3, 3)) * np.array([1.0, 2.0])[:, None, None, None]
+    run = {"final": {}, "analysis": {"filters": kernel.tolist()}}
+    row = q2.filter_table(defaultdict(list, {"CNN, ordered": [run]})).splitlines()[-1]
+    assert row == "| ordered | 1.000 | -1.000 | 1.000 | 1 |"
+
+
 def test_ambiguity_by_hand():
     """Two of four test words sound like another word; one is spelled like that one."""
     train = [("s oʊ l", "soul"), ("s i", "sea"), ("k æ t", "cat")]
