@@ -791,20 +791,23 @@ def budget_table(records: Records) -> str | None:
 
 def draw_budgets(records: Records) -> Figure | None:
     """Test accuracy against minutes of training, a dot per run and a line through the means."""
+    points = {recipe: row for recipe, row in budgets(records).items() if row}
+    if not points:
+        return None
     fig, axes = utils.new_figure(5.6, 3.2)
     colors = utils.VERMILION, utils.BLUE, utils.GREEN
-    for (recipe, row), color in zip(budgets(records).items(), colors):
+    for (recipe, row), color in zip(points.items(), colors):
         for minutes, values in row.values():
             axes.plot([minutes] * len(values), values, "o", color=color, markersize=3, alpha=0.5)
-        points = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
-        axes.plot(*zip(*points), color=color, label=recipe)
+        means = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
+        axes.plot(*zip(*means), color=color, label=recipe)
     for accuracy_reached in (ORIGINAL[VARIANT][1], 0.85, 0.89):
         axes.axhline(accuracy_reached, color="0.6", linestyle=":", linewidth=0.8)
     axes.set(xscale="log", xlabel="Minutes of one thread", ylabel="Test accuracy")
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
     axes.minorticks_off()
     axes.legend(loc="lower right")
-    return fig if axes.lines else None
+    return fig
 
 
 def draw_running_mean(records: list[Record]) -> Figure | None:
