@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
+import scipy.stats
 from matplotlib.figure import Figure
 
 import hw2_q3 as script
@@ -213,6 +214,20 @@ def lexicon_table(records: Records) -> str | None:
     head = "model", "WER", "with the list", "WER@3", "with the list", "WER, listed words"
     head += "with the list", "WER, other words", "with the list", "runs"
     return markdown_table(head, rows)
+
+
+def lexicon_gain(record: Record, is_listed: int | None = None) -> str:
+    """The change of a run's WER by a list of words, with its 95 % confidence interval over words
+    (normal distribution, paired by word): of all test words, or of those that are, or are not, in
+    the list."""
+    final = record["final"]
+    listed = np.array(final["lexicon"]["listed"])
+    chosen = slice(None) if is_listed is None else listed == is_listed
+    wrong = (np.array(final[decoding]["ranks"])[chosen] != 1 for decoding in ("lexicon", "beam"))
+    changes = np.subtract(*(x.astype(int) for x in wrong))
+    half = scipy.stats.norm.ppf(0.975) * changes.std(ddof=1) / math.sqrt(len(changes))
+    low, mean, high = changes.mean() - half, changes.mean(), changes.mean() + half
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(changes):,} words"
 
 
 def ambiguity_table(runs: list[Record]) -> str | None:

@@ -233,6 +233,15 @@ def test_thumbnails_show_the_most_confident_errors(tmp_path, monkeypatch, landsc
     assert titles[:3] == ["buildings\nforest, 0.80", "buildings\nforest, 0.70", ""]
 
 
+def test_what_a_list_gains_by_hand():
+    """Of four words the list corrects two and spoils none; s = .577, 1.96 s / sqrt(4) = .566."""
+    final = {"beam": {"ranks": [1, 0, 2, 1]}, "lexicon": {"ranks": [1, 1, 1, 1]}}
+    final["lexicon"]["listed"] = [1, 1, 1, 0]
+    assert q3.lexicon_gain({"final": final}) == "-0.500 [-1.066, +0.066], 4 words"
+    assert q3.lexicon_gain({"final": final}, 1).startswith("-0.667 [")
+    assert q3.wer_at_ks({"final": final}, "beam", 1) == pytest.approx([2 / 3] + [1 / 3] * 4)
+
+
 def test_correlations_of_filters_by_hand():
     """The colours agree; each row repeats a number, whose sign changes from row to row."""
     column = np.array([1.0, -1.0, 1.0])
