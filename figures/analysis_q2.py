@@ -153,25 +153,27 @@ def score_every_epoch(_: nn.Module, args: Namespace, splits: Splits) -> dict[str
 
 def first_filters(model: nn.Module, args: Namespace, splits: Splits) -> list:
     """The kernels of the first convolution, (C_out, 3, k, k), rounded."""
-    weight = model.convs[0].conv.weight.detach().float().cpu()
-    return [[[[round(x, 3) for x in row] for row in c] for c in k] for k in weight.tolist()]
+    return rounded(model.convs[0].conv.weight)
+
+
+def rounded(values: Tensor) -> list:
+    """Nested lists of numbers with three decimals."""
+    return values.detach().cpu().double().round(decimals=3).tolist()
 
 
 def grad_cam(model: nn.Module, args: Namespace, splits: Splits) -> dict[str, list]:
     """Grad-CAM (Selvaraju et al. 2017, section 3) of the predicted class for the first test image
-    of each class: 'images', their indices; 'predicted' classes; 'maps', (6, H, W): the last
-    convolution's feature maps, weighted by the class's mean gradients, summed, without negative
-    values and divided by the largest."""
+    of each class, in float32: 'images', their indices in the test set; 'predicted' classes; 'maps',
+    (6, 6, 6) for 48x48 images: the last convolution's feature maps, weighted by the mean gradients
+    of the class's logit, summed, without negative values and divided by the largest."""
     images, labels = splits["test"]
     indices = first_images(labels)
-    model.eval()
-    features = model.convs(script.to_float(images[indices]))  # (6, C, H, W)
+    features = model.convs(script.to_float(images[indices]))  # (6, C, 6, 6)
     score, predicted = model.logits(features).max(1)
     [gradients] = torch.autograd.grad(score.sum(), features)
-    maps = F.relu((gradients.mean((2, 3), keepdim=True) * features).sum(1))  # (6, H, W)
+    maps = F.relu((gradients.mean((2, 3), keepdim=True) * features).sum(1))  # (6, 6, 6)
     maps = maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
-    rounded = [[[round(x, 3) for x in row] for row in one] for one in maps.tolist()]
-    return {"images": indices, "predicted": predicted.tolist(), "maps": rounded}
+    return {"images": indices, "predicted": predicted.tolist(), "maps": rounded(maps)}
 
 
 def first_images(labels: Tensor) -> list[int]:

@@ -96,9 +96,9 @@ P_VALUES, TEMPERATURES = (0.6, 0.8, 0.9, 1.0), (0.4, 0.6, 0.8, 1.0)
 def sampling_errors(
     speller: script.Speller, args: Namespace, pairs: script.EncodedPairs
 ) -> dict[str, list[list[float]]]:
-    """[temperature, p, CER of the first sample, WER@3] of nucleus sampling from the probabilities
-    raised to the power 1 / temperature and normalised, for all TEMPERATURES and P_VALUES: 'as
-    trained', and without label smoothing, 'unsmoothed'."""
+    """[temperature, p, CER of the first sample, WER@3] of nucleus sampling with a nucleus of mass p
+    from tempered probabilities, for all TEMPERATURES and P_VALUES: 'as trained', and without label
+    smoothing, 'unsmoothed'. Each starts with the same random numbers."""
     return {
         name: [
             [temperature, p, *tempered_errors(version, args, pairs, temperature, p)]
@@ -109,16 +109,14 @@ def sampling_errors(
 
 
 def tempered_errors(
-    speller: script.Speller,
-    args: Namespace,
-    pairs: script.EncodedPairs,
-    temperature: float,
+    speller: script.Speller, args: Namespace, pairs: script.EncodedPairs, temperature: float,
     p: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """CER of the first sample and WER@3."""
+    """CER of the first sample, and WER@3, of probabilities raised to the power 1 / temperature and
+    normalised, before the nucleus is chosen."""
     choose = script.nucleus_sampler(p, script.make_generator(args, pairs.sources.device))
 
-    def choose_tempered(log_probs):
+    def choose_tempered(log_probs):  # (R, V) -> (R,)
         return choose((log_probs / temperature).log_softmax(1))
 
     samples = speller.decode(script.generate, pairs, 3, args.max_len, choose_tempered)

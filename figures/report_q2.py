@@ -9,7 +9,6 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,8 +63,9 @@ SWINGS = {  # of validation accuracy: the variant, 20 epochs
     MERGED_20: "",
     "last batch kept, 20 epochs": "-last_batch keep",
 }
-LOCALITY = {"CNN": "", "one convolution": "-kernel_size 48"}  # 10 epochs, pixels in three orders
+LOCALITY = {"plain network": "", "fully connected": "-kernel_size 48"}  # first layer; 10 epochs
 LOCALITIES = tuple(f"{name}, {pixels}" for name in LOCALITY for pixels in script.PIXELS)
+SEEN = {pixels: f"plain network, {pixels}" for pixels in ("ordered", "scrambled")}
 SWEEP = {  # of learning rates
     rate: f"plain, rate {rate}, 5 epochs"
     for rate in (3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -75,9 +75,9 @@ BUDGETS = {
     for model in ("cnn", "resnet")
     for epochs in (1, 2, 4, 8, 16)
 }
-TIMED = {  # label: runs at the same speed that were timed in one sitting with those of BUDGETS
-    ORIGINAL_10: MERGED_20,
+TIMED = {  # label: runs of the same speed as its own, timed on the day of BUDGETS
     VARIANT: "batch norm + pooling, scrambled",
+    BEST_20: BUDGETS["cnn", 16],
     BEST: BUDGETS["cnn", 16],
     BEST_RESNET: BUDGETS["resnet", 16],
 }
@@ -133,7 +133,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
 }
 EXTRA = {  # label: further measures, of analysis_q2.EXTRA
     **dict.fromkeys(SWINGS, ("epochs",)),
-    **{f"CNN, {pixels}": ("filters", "grad_cam") for pixels in ("ordered", "scrambled")},
+    **dict.fromkeys(SEEN.values(), ("filters", "grad_cam")),
 }
 EXPERIMENTS = tuple(
     Experiment(label, arguments, seeds, group, extra=EXTRA.get(label, ()))
@@ -482,26 +482,34 @@ def mean_errors(runs: list[Record]) -> tuple[Tensor, Tensor]:
     return tuple(torch.tensor(m).float().mean(0).fill_diagonal_(0) for m in (every, confident))
 
 
-def filter_table(records: Records) -> str | None:
-    """Correlations of weights in the first layer's kernels: of neighbours in a row or a column, and
-    of two colours at the same position."""
+def filter_changes(records: Records, pixels: str) -> list[np.ndarray]:
+    """What training changed in the first layer's kernels of the plain network's runs: for each an
+    array (32, 3, 3, 3), output, channel, row, column."""
+    changes = []
+    for run in scored(records[SEEN[pixels]]):
+        if "filters" in run["analysis"]:
+            args = script.parse_args(shlex.split(run["command"])[2:])
+            utils.seed_everything(args.seed)
+            initial = analysis_q2.first_filters(script.build_model(args), args, {})
+            changes.append(np.subtract(run["analysis"]["filters"], initial))
+    return changes
 
-    def correlation(*pairs):
-        a, b = (np.concatenate([part.ravel() for part in side]) for side in zip(*pairs))
-        return float(np.corrcoef(a, b)[0, 1])
+
+def filter_table(records: Records) -> str | None:
+    """Correlations of the changes of the first layer's weights: of neighbours in a row or a column,
+    and of two channels at the same position."""
+
+    def correlation(a, b):
+        return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
     rows = []
-    for pixels in ("ordered", "scrambled"):
-        runs = [run["analysis"].get("filters") for run in scored(records[f"CNN, {pixels}"])]
-        kernels = [
-            np.array(run) for run in runs if run
-        ]  # (32, 3, 3, 3): output, colour, row, column
-        if kernels:
-            across = [correlation((k[..., :-1], k[..., 1:])) for k in kernels]
-            down = [correlation((k[:, :, :-1], k[:, :, 1:])) for k in kernels]
-            colors = [correlation(*((k[:, i], k[:, i - 1]) for i in range(3))) for k in kernels]
-            rows.append([pixels, *map(mean_sd, (across, down, colors)), len(kernels)])
-    head = "pixels", "neighbours in a row", "neighbours in a column", "two colours", "runs"
+    for pixels in SEEN:
+        if changes := filter_changes(records, pixels):
+            across = [correlation(x[..., :-1], x[..., 1:]) for x in changes]
+            down = [correlation(x[:, :, :-1], x[:, :, 1:]) for x in changes]
+            channels = [correlation(x, np.roll(x, 1, axis=1)) for x in changes]
+            rows.append([pixels, *map(mean_sd, (across, down, channels)), len(changes)])
+    head = "pixels", "neighbours in a row", "neighbours in a column", "two channels", "runs"
     return markdown_table(head, rows)
 
 
@@ -685,35 +693,35 @@ def draw_swings(records: Records) -> Figure | None:
     return fig
 
 
-def draw_locality(records: Records) -> Figure | None:
-    """Test accuracies, a dot per run, of both networks on pixels in three orders."""
-    groups = {label: values_of("test", records[label]) for label in LOCALITIES}
-    return draw_dots(groups, "Test accuracy")
-
-
-def draw_dots(groups: dict[str, list[float]], xlabel: str) -> Figure | None:
-    """A dot per run, for the groups that have any."""
-    groups = {label: values for label, values in groups.items() if values}
+def draw_dots(records: Records, labels: Iterable[str]) -> Figure | None:
+    """Test accuracies, a dot per run."""
+    groups = {label: values for label in labels if (values := values_of("test", records[label]))}
     if not groups:
         return None
     fig, axes = utils.new_figure(5.6, 0.6 + 0.3 * len(groups))
     common.plot_dots(axes, groups)
-    axes.set(xlabel=xlabel)
+    axes.set(xlabel="Test accuracy")
+    return fig
+
+
+def draw_locality(records: Records) -> Figure | None:
+    """Test accuracies, a dot per run, of both networks on pixels in three orders."""
+    fig = draw_dots(records, LOCALITIES)
+    if fig:  # the number of seeds is the same for all
+        fig.axes[0].set_yticklabels([label for label in LOCALITIES if scored(records[label])])
     return fig
 
 
 def draw_filters(records: Records) -> Figure | None:
-    """The first layer's kernels of one CNN trained on ordered and one on scrambled pixels."""
-    rows = {
-        pixels: first_analysis(records, pixels, "filters") for pixels in ("ordered", "scrambled")
-    }
-    if None in rows.values():
+    """What training changed in the first layer's kernels of one plain network each on ordered and
+    on scrambled pixels."""
+    rows = {pixels: filter_changes(records, pixels) for pixels in SEEN}
+    if not all(rows.values()):
         return None
     fig, panels = utils.new_figure(5.6, 2.0, 2, 1)
-    for axes, (pixels, kernels) in zip(panels, rows.items()):
-        kernels = torch.tensor(kernels).movedim(1, 3)  # (32, 3, 3, 3): rows, columns, channels
-        low, high = kernels.amin((1, 2, 3), True), kernels.amax((1, 2, 3), True)
-        kernels = (kernels - low) / (high - low)
+    for axes, (pixels, changes) in zip(panels, rows.items()):
+        kernels = torch.from_numpy(changes[0]).movedim(1, 3)  # (32, 3, 3, 3): channels last
+        kernels = 0.5 + 0.5 * kernels / kernels.abs().amax((1, 2, 3), True).clamp(min=1e-12)
         tiles = F.pad(kernels, (0, 0, 0, 1, 0, 1), value=1.0)  # (32, 4, 4, 3): a white border
         sheet = tiles.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
         axes.imshow(sheet.numpy(), interpolation="nearest")
@@ -722,61 +730,47 @@ def draw_filters(records: Records) -> Figure | None:
     return fig
 
 
-def first_analysis(records: Records, pixels: str, name: str) -> Any:
-    """A further measure of the CNN's first run on pixels in this order; None without it."""
-    runs = scored(records[f"CNN, {pixels}"])
-    return runs[0]["analysis"].get(name) if runs else None
-
-
 def draw_grad_cam(records: Records, thumbnails: Tensor) -> Figure | None:
-    """Grad-CAM of one CNN trained on ordered and one on scrambled pixels, on six images."""
-    cams = {
-        pixels: first_analysis(records, pixels, "grad_cam") for pixels in ("ordered", "scrambled")
-    }
+    """Grad-CAM of one plain network each on ordered and on scrambled pixels: below each of six
+    images, as the network sees it, the map."""
+    runs = {pixels: scored(records[label]) for pixels, label in SEEN.items()}
     images = thumbnails[-len(utils.CLASSES) - 1 : -1]
-    if None in cams.values() or len(images) < len(utils.CLASSES):
+    has_maps = all(part and "grad_cam" in part[0]["analysis"] for part in runs.values())
+    if not has_maps or len(images) < len(utils.CLASSES):
         return None
-    fig, grid = utils.new_figure(5.6, 3.6, 3, len(images))
-    for axes, image, name in zip(grid[0], images, utils.CLASSES):
-        axes.imshow(image.numpy(), interpolation="nearest")
-        axes.set_title(name, fontsize=7)
-    for row, (pixels, cam) in zip(grid[1:], cams.items()):
-        for axes, image, guess, heat in zip(row, images, cam["predicted"], cam["maps"]):
-            axes.imshow(reorder(image, pixels).numpy(), interpolation="nearest")
-            extent = -0.5, utils.SIZE - 0.5, utils.SIZE - 0.5, -0.5
-            axes.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1, extent=extent)
-            axes.set_title(utils.CLASSES[guess], fontsize=7)
+    fig, grid = utils.new_figure(5.6, 4.4, 4, len(images))
+    for rows, (pixels, part) in zip((grid[:2], grid[2:]), runs.items()):
+        cam = part[0]["analysis"]["grad_cam"]
+        for i, (image, guess, heat) in enumerate(zip(images, cam["predicted"], cam["maps"])):
+            rows[0, i].imshow(reorder(image, pixels).numpy(), interpolation="nearest")
+            rows[1, i].imshow(heat, cmap="inferno", vmin=0, vmax=1)
+            rows[0, i].set_title(utils.CLASSES[i], fontsize=7)
+            color = "black" if guess == i else utils.VERMILION
+            rows[1, i].set_title(utils.CLASSES[guess], fontsize=7, color=color)
+        rows[0, 0].set_ylabel(f"{pixels} pixels", fontsize=8)
+        rows[1, 0].set_ylabel("predicted from", fontsize=8)
     for axes in grid.flat:
-        axes.axis("off")
+        axes.set(xticks=[], yticks=[])
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
     return fig
 
 
 def budgets(records: Records) -> dict[str, dict[int, tuple[float, list[float]]]]:
     """{recipe: {epochs: (minutes, test accuracies)}} of the recipes that were trained with several
-    budgets. The minutes are the epochs times the fastest epoch of TIMED runs."""
-    recipes = {"the original's recipe": {10: ORIGINAL_10, 20: MERGED_20, 40: VARIANT}}
+    budgets. The minutes are the epochs, with validation, times the fastest epoch of TIMED runs."""
+    recipes = {"the original's recipe": {40: VARIANT}}
     for model, longest in (("cnn", BEST), ("resnet", BEST_RESNET)):
         recipes[longest] = {e: label for (m, e), label in BUDGETS.items() if m == model}
-        recipes[longest][60] = longest
+        recipes[longest] |= ({20: BEST_20} if longest == BEST else {}) | {60: longest}
     points = {}
     for recipe, labels in recipes.items():
-        points[recipe] = {}
         for epochs, label in labels.items():
             timed, values = records[TIMED.get(label, label)], values_of("test", records[label])
             if timed and values:
                 fastest = min(min(run["measured"]["seconds"]) for run in timed)
-                points[recipe][epochs] = epochs * fastest / 60, values
+                points.setdefault(recipe, {})[epochs] = epochs * fastest / 60, values
     return points
-
-
-def minutes_to(records: Records, recipe: str, threshold: float) -> str:
-    """The minutes of the smallest budget whose mean test accuracy reaches the threshold."""
-    reached = [
-        minutes
-        for minutes, values in budgets(records)[recipe].values()
-        if statistics.mean(values) >= threshold
-    ]
-    return f"{min(reached):.1f}" if reached else "–"
 
 
 def budget_table(records: Records) -> str | None:
@@ -789,24 +783,43 @@ def budget_table(records: Records) -> str | None:
     return markdown_table(["recipe", "epochs", "minutes", "test", "runs"], rows)
 
 
+TARGETS = ORIGINAL[VARIANT][1], 0.85, 0.89  # test accuracies
+
+
+def minutes_table(records: Records) -> str | None:
+    """For each recipe, the minutes of the smallest budget whose mean test accuracy reaches each of
+    TARGETS."""
+    rows = []
+    for recipe, row in budgets(records).items():
+        points = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
+        reached = ([minutes for minutes, mean in points if mean >= x] for x in TARGETS)
+        rows.append([recipe, *(f"{min(part):.1f}" if part else "–" for part in reached)])
+    return markdown_table(["recipe", *(f"minutes to {x:.3g}" for x in TARGETS)], rows)
+
+
 def draw_budgets(records: Records) -> Figure | None:
     """Test accuracy against minutes of training, a dot per run and a line through the means."""
-    points = {recipe: row for recipe, row in budgets(records).items() if row}
-    if not points:
+    if not (points := budgets(records)):
         return None
-    fig, axes = utils.new_figure(5.6, 3.2)
+    fig, axes = utils.new_figure(5.0, 3.2)
     colors = utils.VERMILION, utils.BLUE, utils.GREEN
     for (recipe, row), color in zip(points.items(), colors):
-        for minutes, values in row.values():
+        for epochs, (minutes, values) in row.items():
             axes.plot([minutes] * len(values), values, "o", color=color, markersize=3, alpha=0.5)
+            if recipe == BEST:
+                where = {"xytext": (3, 6), "textcoords": "offset points", "ha": "right"}
+                axes.annotate(str(epochs), (minutes, max(values)), color=color, fontsize=8, **where)
         means = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
-        axes.plot(*zip(*means), color=color, label=recipe)
-    for accuracy_reached in (ORIGINAL[VARIANT][1], 0.85, 0.89):
+        marker = "o" if len(means) == 1 else None
+        axes.plot(*zip(*means), color=color, marker=marker, label=recipe)
+    for accuracy_reached, name in zip(TARGETS, ("original, .746", ".85", ".89")):
         axes.axhline(accuracy_reached, color="0.6", linestyle=":", linewidth=0.8)
+        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        axes.annotate(name, (1, accuracy_reached), color="0.4", fontsize=8, **where)
     axes.set(xscale="log", xlabel="Minutes of one thread", ylabel="Test accuracy")
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
     axes.minorticks_off()
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.45, 0.17))
     return fig
 
 
@@ -827,9 +840,7 @@ def draw_running_mean(records: list[Record]) -> Figure | None:
 
 def draw_main_results(records: Records) -> Figure | None:
     """Test accuracies, a dot per run, and the original's best accuracy."""
-    fig = draw_dots(
-        {label: values_of("test", records[label]) for label in MAIN_RESULTS}, "Test accuracy"
-    )
+    fig = draw_dots(records, MAIN_RESULTS)
     if fig:
         common.mark_original(fig.axes[0], ORIGINAL[VARIANT][1])
     return fig

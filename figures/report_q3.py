@@ -7,8 +7,8 @@ import itertools
 import math
 import shlex
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import scipy.stats
@@ -142,13 +142,21 @@ def parse_command(record: Record) -> Namespace:
 def error(
     record: Record, decoding: str, measure: str, words: np.ndarray | slice = slice(None)
 ) -> float:
-    """A test error rate, 'cer', 'wer' or 'wer@3', over the words of these indices."""
+    """A test error rate, 'cer', 'wer' or 'wer@k', over the words of these indices."""
     scores = record["final"][decoding]
     if measure == "cer":
         distances, lengths = np.array(scores["distances"]), np.array(record["analysis"]["lengths"])
         return distances[words].sum() / lengths[words].sum()
     ranks = np.array(scores["ranks"])[words]
-    return 1 - ((ranks >= 1) & (ranks <= (1 if measure == "wer" else K))).mean()
+    k = int(measure.partition("@")[2] or 1)
+    return 1 - ((ranks >= 1) & (ranks <= k)).mean()
+
+
+def listed_words(record: Record) -> dict[str, np.ndarray]:
+    """The indices of all test words, of those in the list of words, and of the others."""
+    listed = np.array(record["final"]["lexicon"]["listed"], dtype=bool)
+    masks = {"all": np.ones_like(listed), "in the list": listed, "not in the list": ~listed}
+    return {name: np.flatnonzero(mask) for name, mask in masks.items()}
 
 
 def interval(runs: list[Record], decoding: str, measure: str) -> tuple[float, float] | None:
@@ -196,38 +204,32 @@ def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None
 
 
 def lexicon_table(records: Records) -> str | None:
-    """Error rates of a beam without and with a list of words, of the experiments that have both;
-    WER also of the test words that the list has and of those that it does not have."""
+    """Error rates of a beam without and with a list of words, of the experiments that have both: of
+    all test words, of those in the list, and of the others."""
     rows = []
     for label, runs in records.items():
-        if not (runs := [run for run in runs if "lexicon" in run["final"]]):
-            continue
-        cells = [mean_error(runs, how, m) for m in ("wer", "wer@3") for how in ("beam", "lexicon")]
-        for is_listed in (1, 0):
-            words = [
-                np.flatnonzero(np.equal(r["final"]["lexicon"]["listed"], is_listed)) for r in runs
-            ]
-            for how in ("beam", "lexicon"):
-                errors = [error(run, how, "wer", part) for run, part in zip(runs, words)]
-                cells.append(mean_sd(errors))
-        rows.append([label, *cells, len(runs)])
-    head = "model", "WER", "with the list", "WER@3", "with the list", "WER, listed words"
-    head += "with the list", "WER, other words", "with the list", "runs"
-    return markdown_table(head, rows)
+        runs = [run for run in runs if "lexicon" in run["final"]]
+        for name in listed_words(runs[0]) if runs else ():
+            row = [label, f"{len(listed_words(runs[0])[name])} words, {name}"]
+            for measure, how in itertools.product(("wer", "wer@3"), ("beam", "lexicon")):
+                row.append(mean_sd([error(r, how, measure, listed_words(r)[name]) for r in runs]))
+            rows.append([*row, len(runs)])
+    head = "model", "test words", "WER", "WER with the list", "WER@3", "WER@3 with the list", "runs"
+    return markdown_table(head, rows, text=2)
 
 
-def lexicon_gain(record: Record, is_listed: int | None = None) -> str:
+def lexicon_gain(record: Record, words: str = "all") -> str:
     """The change of a run's WER by a list of words, with its 95 % confidence interval over words
-    (normal distribution, paired by word): of all test words, or of those that are, or are not, in
-    the list."""
-    final = record["final"]
-    listed = np.array(final["lexicon"]["listed"])
-    chosen = slice(None) if is_listed is None else listed == is_listed
-    wrong = (np.array(final[decoding]["ranks"])[chosen] != 1 for decoding in ("lexicon", "beam"))
-    changes = np.subtract(*(x.astype(int) for x in wrong))
+    (normal distribution, paired by word); words: a key of `listed_words`."""
+    indices = listed_words(record)[words]
+    before, after = (
+        (np.array(record["final"][decoding]["ranks"])[indices] != 1).astype(int)
+        for decoding in ("beam", "lexicon")
+    )
+    changes = after - before
     half = scipy.stats.norm.ppf(0.975) * changes.std(ddof=1) / math.sqrt(len(changes))
     low, mean, high = changes.mean() - half, changes.mean(), changes.mean() + half
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(changes):,} words"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def ambiguity_table(runs: list[Record]) -> str | None:
@@ -292,28 +294,27 @@ def edit_table(runs: list[Record], rows_shown: int = 12) -> str | None:
     return markdown_table(["correct", "written", "count"], rows, text=2)
 
 
-def sampling_table(records: Records) -> str | None:
-    """Validation CER of the first sample for two temperatures and each p: without label smoothing,
-    with it, and with it undone, and the differences to the first."""
-    plain, smoothed = (
-        [run for run in records[label] if "sampling" in run["analysis"]] for label in SMOOTHING
-    )
-    if not plain or not smoothed:
-        return None
-    rows, settings = [], itertools.product(analysis_q3.TEMPERATURES, analysis_q3.P_VALUES)
-    for i, setting in enumerate(settings):
-        if setting[0] not in (0.6, 1.0):
-            continue
+def sampling_table(records: Records, temperatures: Sequence[float] = (0.6, 1.0)) -> str | None:
+    """Validation CER of the first sample for each temperature and p: without label smoothing, with
+    it, and with it removed, and the differences."""
 
-        def errors(runs, version, i=i):  # {seed: CER}
-            return common.by_seed(runs, lambda run: run["analysis"]["sampling"][version][i][2])
+    def errors(label, version):  # {(temperature, p): {seed: CER}}
+        table = defaultdict(dict)
+        for run in records[label]:
+            seed = run["arguments"].get("seed", common.SEEDS[0])
+            for temperature, p, cer, _ in run["analysis"].get("sampling", {}).get(version, ()):
+                table[temperature, p][seed] = cer
+        return table
 
-        base, row = errors(plain, "as trained"), list(setting)
-        for values in (base, errors(smoothed, "as trained"), errors(smoothed, "unsmoothed")):
-            row += [mean_sd(list(values.values())), common.difference(values, base)]
-        rows.append(row[:3] + row[4:])  # the first has no difference
-    head = "temperature", "p", "no label smoothing", "label smoothing", "difference"
-    return markdown_table((*head, "undone", "difference"), rows, text=0)
+    without, smoothed = (errors(label, "as trained") for label in SMOOTHING)
+    removed, rows = errors(SMOOTHING[1], "unsmoothed"), []
+    for key in itertools.product(temperatures, analysis_q3.P_VALUES):
+        a, b, c = without[key], smoothed[key], removed[key]
+        if a and b:
+            means = (mean_sd(list(x.values())) for x in (a, b, c))
+            rows.append([*key, *means, common.difference(b, a), common.difference(c, b)])
+    head = "temperature", "p", "none", "smoothed", "removed", "smoothed - none"
+    return markdown_table((*head, "removed - smoothed"), rows, text=0)
 
 
 RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")
@@ -421,27 +422,23 @@ def draw_lexicon(runs: list[Record]) -> Figure | None:
     runs = [run for run in runs if "lexicon" in run["final"]]
     if not runs:
         return None
-    fig, panels = utils.new_figure(5.6, 2.8, 1, 2, sharey=True)
-    for axes, is_listed in zip(panels, (1, 0)):
-        for decoding, name, style in (
-            ("beam", DECODINGS["beam"], {"color": utils.VERMILION, "linestyle": "--"}),
-            ("lexicon", "beam of 30, re-ranked by a list", {"color": utils.BLUE}),
+    fig, panels = utils.new_figure(5.0, 2.8, 1, 2, sharey=True)
+    size = runs[0]["final"]["lexicon"]["size"]
+    for axes, name in zip(panels, ("in the list", "not in the list")):
+        for decoding, what, style in (
+            ("beam", DECODINGS["beam"], {"color": utils.BLUE, "linestyle": "--"}),
+            ("lexicon", f"beam of {size}, re-ranked by the list", {"color": utils.GREEN}),
         ):
-            values = [wer_at_ks(run, decoding, is_listed) for run in runs]
-            common.plot_bands(axes, values, name, ".", **style)
-        count = runs[0]["final"]["lexicon"]["listed"].count(is_listed)
-        axes.set_title(f"{count} words {'in' if is_listed else 'not in'} the list")
+            values = [
+                [error(r, decoding, f"wer@{k}", listed_words(r)[name]) for k in range(1, 6)]
+                for r in runs
+            ]
+            common.plot_bands(axes, values, what, ".", **style)
+        axes.set_title(f"{len(listed_words(runs[0])[name])} words {name}")
         axes.set(xlabel="Candidates per word, k")
     panels[0].set(ylabel="Test WER@k", ylim=(0, None))
     common.legend_above(fig, panels[0])
     return fig
-
-
-def wer_at_ks(record: Record, decoding: str, is_listed: int) -> list[float]:
-    """WER@k for k = 1 to BEAM_SIZE of the test words that are, or are not, in the list."""
-    final = record["final"]
-    ranks = np.array(final[decoding]["ranks"])[np.equal(final["lexicon"]["listed"], is_listed)]
-    return [float(1 - np.mean((ranks >= 1) & (ranks <= k))) for k in range(1, BEAM_SIZE + 1)]
 
 
 def errors_by_words(records: Records, measure: str) -> dict[int, list[float]]:

@@ -18,7 +18,7 @@ def prepare(landscapes, words):
         name: hw2_q2.to_device(*split, CPU, args) for name, split in landscapes.splits.items()
     }
     torch.manual_seed(0)
-    return hw2_q2.build_model(args), args, splits
+    return hw2_q2.build_model(args).eval(), args, splits
 
 
 def test_every_epoch_is_scored_as_in_training(landscapes_path, landscapes, tmp_path, monkeypatch):
