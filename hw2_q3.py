@@ -1118,7 +1118,7 @@ def choose_candidates(
 
     def candidate(reading, spelling, log_prob, score):
         is_listed = not reranker or reranker.lexicon.log_frequency(spelling) is not None
-        unlisted = () if is_listed else (spelling,)
+        unlisted = () if is_listed or not spelling else (spelling,)
         is_cut = len(speller.target.split(spelling)) == args.max_len  # then it has no END
         read = (speller.source.join(reading),)
         return Candidate(read, (spelling,), log_prob, score, unlisted, is_cut)

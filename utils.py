@@ -702,6 +702,8 @@ def store_record(run: Run, record: dict[str, Any]) -> str:
         note = " (training had the same numbers before)"
         if final.get("max_len") == old_final.get("max_len"):
             final = old_final | final
+        elif final and old_final:
+            note += " (scores with another --max_len are dropped)"
         record = old | ({"final": final} if final else {})
     elif old:
         note = " (training had other numbers before, which are replaced)"

@@ -42,20 +42,23 @@ class Lexicon:
 
 
 def load_lexicon(name: str) -> Lexicon:
-    """The list in the file called `name`, or wordfreq's of this language. Raises UserError."""
+    """The list of wordfreq's language `name`, or else in the file called so. Raises UserError."""
     path = Path(name)
+    try:
+        import wordfreq
+
+        languages = sorted(wordfreq.available_languages("best"))
+    except ImportError:
+        languages = []
+    if name in languages:
+        frequencies = wordfreq.get_frequency_dict(name, "best")
+        return _normalised(name, f"wordfreq {metadata.version('wordfreq')}", frequencies)
     with utils.user_errors(f"{path}: cannot be read"):
         if path.is_file():
             return _normalised(name, path.name, read_counts(path))
-    try:
-        import wordfreq
-    except ImportError:
+    if not languages:
         raise UserError(f"no file {name!r}; for wordfreq's lists of words: pip install wordfreq")
-    languages = sorted(wordfreq.available_languages("best"))
-    if name not in languages:
-        raise UserError(f"{name!r} is no file and no language of wordfreq: {' '.join(languages)}")
-    frequencies = wordfreq.get_frequency_dict(name, "best")
-    return _normalised(name, f"wordfreq {metadata.version('wordfreq')}", frequencies)
+    raise UserError(f"{name!r} is no file and no language of wordfreq: {' '.join(languages)}")
 
 
 def _normalised(name: str, source: str, counts: dict[str, float]) -> Lexicon:

@@ -177,8 +177,8 @@ def grad_cam(model: nn.Module, args: Namespace, splits: Splits) -> dict[str, lis
 
 
 def first_images(labels: Tensor) -> list[int]:
-    """The index of the first image of each class."""
-    return [(labels == i).nonzero()[0].item() for i in range(len(utils.CLASSES))]
+    """The index of the first image of each class that occurs."""
+    return [labels.tolist().index(i) for i in range(len(utils.CLASSES)) if (labels == i).any()]
 
 
 EXTRA = {"epochs": score_every_epoch, "filters": first_filters, "grad_cam": grad_cam}

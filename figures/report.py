@@ -244,9 +244,8 @@ def load_data(question: ModuleType, job: Job, records: ByName) -> Any:
     experiment, args = job
     data, dataset = question.script.load_data(args), choose_dataset(question, experiment, records)
     if data.name != dataset.name or dataset.fingerprint not in ("", data.fingerprint):
-        kind = "the data of the other records" if dataset.fingerprint else "real data, no sample"
-        how = "data/README.md says how to get them"
-        raise UserError(f"{experiment.label}: its missing runs need {kind}; {how}")
+        kind = "the data of the records" if dataset.fingerprint else "real data, no sample"
+        raise UserError(f"{experiment.label}: needs {kind}; data/README.md says how to get them")
     return data
 
 
@@ -362,11 +361,11 @@ def main(argv: list[str] | None = None) -> None:
                 list_jobs(question, jobs, find_records(question, records))
             else:
                 errors += train(question, jobs, options, records)
-    if options.thumbnails:
-        args = report_q2.script.parse_args([])
+    if options.thumbnails and not options.dry_run:
+        args, records = report_q2.script.parse_args([]), load_records(folder / "runs")
         args.data_path = options.data_path
-        found = find_records(report_q2, load_records(folder / "runs"))
-        data = report_q2.script.load_data(args)
+        data = load_data(report_q2, (report_q2.EXPERIMENTS[0], args), records)
+        found = find_records(report_q2, records)
         report_q2.save_thumbnails(folder / "thumbnails.png", found, data)
     if not options.dry_run:
         write_report(folder, options.format)

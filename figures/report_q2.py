@@ -223,8 +223,12 @@ def load_thumbnails(path: Path) -> Tensor:
     """The images that `save_thumbnails` wrote, uint8 (N, 48, 48, 3); none without the file."""
     if not path.exists():
         return torch.empty(0, utils.SIZE, utils.SIZE, 3, dtype=torch.uint8)
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image)).unflatten(1, (-1, utils.SIZE)).transpose(0, 1)
+    try:
+        with Image.open(path) as image:
+            sheet = torch.from_numpy(np.array(image.convert("RGB")))  # (48, N * 48, 3)
+        return sheet.unflatten(1, (-1, utils.SIZE)).transpose(0, 1)
+    except (OSError, RuntimeError):
+        raise utils.UserError(f"{path}: damaged; --thumbnails writes it anew")
 
 
 # ----------------------------------------------------------------------------------------------

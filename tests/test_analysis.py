@@ -65,6 +65,13 @@ def test_grad_cam_of_a_network_with_a_linear_head(landscapes):
             assert torch.allclose(torch.tensor(heat), expected / expected.max(), atol=1e-3)
 
 
+def test_grad_cam_without_images_of_a_class(landscapes):
+    model, args, splits = prepare(landscapes, "")
+    images, labels = splits["test"]
+    found = analysis_q2.grad_cam(model, args, {"test": (images[labels > 1], labels[labels > 1])})
+    assert len(found["maps"]) == 4
+
+
 def test_filters_are_the_first_layers(landscapes):
     model, args, splits = prepare(landscapes, "")
     weight = torch.tensor(analysis_q2.first_filters(model, args, splits))

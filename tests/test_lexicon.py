@@ -78,6 +78,14 @@ def test_a_list_of_too_many_words_is_refused(tmp_path, monkeypatch):
         load_lexicon(write(tmp_path, "a\nb\nc\nd\n"))
 
 
+def test_a_file_with_the_name_of_a_language(tmp_path, monkeypatch):
+    pytest.importorskip("wordfreq")
+    monkeypatch.chdir(tmp_path)
+    Path("en").write_text("onlyword", encoding="utf-8")
+    assert len(load_lexicon("en").log_frequencies) > 1
+    assert list(load_lexicon("./en").log_frequencies) == ["onlyword"]
+
+
 def test_lists_of_wordfreq(monkeypatch):
     pytest.importorskip("wordfreq")
     english = load_lexicon("en")

@@ -250,6 +250,33 @@ def test_correlations_of_filters_by_hand():
     assert row == "| ordered | 1.000 | -1.000 | 1.000 | 1 |"
 
 
+def test_thumbnails_need_the_photographs(committed, fails, monkeypatch, landscapes_path):
+    monkeypatch.setattr(hw2_q2, "DATA_PATH", committed / "nothing.npz")
+    argv = ["--thumbnails", "--output_dir", committed]
+    before = (committed / "figures" / "thumbnails.png").read_bytes()
+    assert "needs the data of the records" in fails(report.main, argv)
+    assert "needs the data of the records" in fails(
+        report.main, [*argv, "--data_path", landscapes_path]
+    )
+    report.main([*map(str, argv), "--train", "report", "--only", "nothing", "--dry_run"])
+    assert (committed / "figures" / "thumbnails.png").read_bytes() == before
+    (committed / "figures" / "thumbnails.png").write_bytes(b"damaged")
+    assert "thumbnails.png: damaged" in fails(report.main, argv[1:])
+
+
+def test_records_without_the_further_measures_give_a_report(committed):
+    names = "filters", "grad_cam", "sampling", "lexicon", "confident_errors"
+    for path in (committed / "figures" / "runs").glob("*"):
+        record = utils.load_record(path)
+        for part in (record.get("analysis", {}), record.get("final", {})):
+            for name in names:
+                part.pop(name, None)
+        utils.save_record(path, record)
+    report.main(["--output_dir", str(committed)])
+    text = (committed / "figures" / "README.md").read_text(encoding="utf-8")
+    assert "*(not trained yet)*" in text
+
+
 def test_ambiguity_by_hand():
     """Two of four test words sound like another word; one is spelled like that one."""
     train = [("s oʊ l", "soul"), ("s i", "sea"), ("k æ t", "cat")]
@@ -466,11 +493,11 @@ def test_missing_runs_do_not_mix_data(committed, monkeypatch, landscapes_path, f
     for path in (committed / "figures" / "runs").glob("q2-bn-gap-lr0.01-seed1-*"):
         path.unlink()
     argv = ["--train", "report", "--only", q2.VARIANT, "--output_dir", committed]
-    assert "need the data of the other records" in fails(report.main, argv)
+    assert "needs the data of the records" in fails(report.main, argv)
     others = [*argv, "--data_path", landscapes_path]
-    assert "need the data of the other records" in fails(report.main, others)
+    assert "needs the data of the records" in fails(report.main, others)
     shutil.rmtree(committed / "figures")
-    assert "need real data" in fails(report.main, argv)
+    assert "needs real data" in fails(report.main, argv)
 
 
 def only(monkeypatch, question, arguments, seeds):
