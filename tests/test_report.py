@@ -91,6 +91,24 @@ def test_the_readmes_table_has_the_records_results():
     assert table[2:] == rows
 
 
+def test_the_readmes_findings_have_the_records_means():
+    def mean(key, label, *measure):
+        runs = FOUND[key][label]
+        values = [q3.error(r, *measure) if measure else q2.accuracy(r, "test") for r in runs]
+        return f"{np.mean(values):.3f}"
+
+    accuracy = (mean("q2", label) for label in (q2.VARIANT, q2.SCRAMBLED[-1], q2.BEST))
+    rates = [mean("q3", label, "greedy", "cer") for label in (q3.PLAIN, q3.ATTENTION)]
+    listed = [mean("q3", q3.SHIPPED, decoding, "wer") for decoding in ("beam", "lexicon")]
+    expected = (
+        "test accuracy of **{}** (3 seeds)", "scrambled pixels give {}.", "accuracy of **{}** (5",
+        "from {} to **{}** (3 seeds)", "from {} to **{}** (one run)",
+    )  # fmt: skip
+    numbers = [[x] for x in accuracy] + [rates, [listed[0].lstrip("0"), listed[1]]]
+    text = " ".join(README.split())
+    assert all(line.format(*row) in text for line, row in zip(expected, numbers, strict=True))
+
+
 def test_docstrings_of_the_scripts_give_the_records_results():
     text = " ".join(hw2_q2.__doc__.split())
     for label, words in ((q2.VARIANT, "{} ({} seeds,"), (q2.PLAIN, "plain {} ({} seeds)"),
