@@ -31,9 +31,9 @@ def analyse(
     split = speller.target.split
     true, ks = list(map(split, pairs.spellings)), range(1, N_CANDIDATES + 1)
     greedy = script.spellings(speller.greedy(pairs, args.max_len))
-    how = N_CANDIDATES, script.make_generator(args, device), args.max_len
+    sampling = N_CANDIDATES, script.make_generator(args, device), args.max_len
     candidates = {
-        "nucleus": script.spellings(speller.sample(pairs, args.topp, *how)),
+        "nucleus": script.spellings(speller.sample(pairs, args.topp, *sampling)),
         "beam": script.spellings(speller.beam(pairs, N_CANDIDATES, args.max_len)),
     }
     curves = {
@@ -49,7 +49,7 @@ def analyse(
         "mistakes": mistakes,
         "ambiguity": ambiguity(
             [row[0] for row in candidates["beam"]],
-            {split: script.directed_pairs(args, data, split) for split in data.splits},
+            {name: script.directed_pairs(args, data, name) for name in data.splits},
         ),
     }
 
