@@ -317,6 +317,16 @@ def sampling_table(records: Records, temperatures: Sequence[float] = (0.6, 1.0))
     return markdown_table((*head, "removed - smoothed"), rows, text=0)
 
 
+def words_table(records: Records) -> str | None:
+    """Greedy test error rates of the original's model by the number of training words."""
+    rows = [
+        [f"{n:,}", WORDS[n], *(mean_error(runs, "greedy", m) for m in ("cer", "wer")), len(runs)]
+        for n in WORDS
+        if (runs := records[words_label(n)])
+    ]
+    return markdown_table(["training words", "epochs", "CER", "WER", "runs"], rows, text=0)
+
+
 RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")
 RESULT_COLUMNS = tuple(f"{decoding}, {measure.upper()}" for decoding, measure in RESULTS)
 
