@@ -173,6 +173,15 @@ def compare(records: Records, label: str, base: str, decoding: str, measure: str
     return common.describe_difference(values, baseline)
 
 
+def compare_decodings(runs: list[Record], decoding: str, base: str, measure: str) -> str:
+    """The difference of an error rate between two ways of decoding, paired by seed."""
+    values, baseline = (
+        common.by_seed(runs, lambda run, how=how: error(run, how, measure))
+        for how in (decoding, base)
+    )
+    return common.describe_difference(values, baseline)
+
+
 def mean_error(runs: list[Record], decoding: str, measure: str) -> str:
     """The mean and standard deviation of an error rate over runs."""
     return mean_sd([error(run, decoding, measure) for run in runs])
