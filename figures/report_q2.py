@@ -66,6 +66,12 @@ SWINGS = {  # of validation accuracy: the variant, 20 epochs
 LOCALITY = {"plain network": "", "fully connected": "-kernel_size 48"}  # first layer; 10 epochs
 LOCALITIES = tuple(f"{name}, {pixels}" for name in LOCALITY for pixels in script.PIXELS)
 SEEN = {pixels: f"plain network, {pixels}" for pixels in ("ordered", "scrambled")}
+SHAPES = {  # of the variant's blocks
+    "kernels 3x3, max pooling": "", "kernels 5x5": "-kernel_size 5",
+    "kernels 7x7": "-kernel_size 7", "two 3x3 per block": "-convs 2",
+    "one 48x48": "-kernel_size 48", "average pooling": "-pool avg",
+    "strided convolutions": "-pool stride", "no pooling": "-pool none",
+}  # fmt: skip
 SWEEP = {  # of learning rates
     rate: f"plain, rate {rate}, 5 epochs"
     for rate in (3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -97,14 +103,6 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         "pooling without batch norm": "-no_batch_norm -head gap",
         "plain, dropout 0.3": "-no_batch_norm -dropout 0.3",
         "plain, weight decay 0.0005": "-no_batch_norm -l2_decay 0.0005",
-        "kernels 3x3, max pooling": SHORT,
-        "kernels 5x5": f"{SHORT} -kernel_size 5",
-        "kernels 7x7": f"{SHORT} -kernel_size 7",
-        "two 3x3 per block": f"{SHORT} -convs 2",
-        "one 48x48": f"{SHORT} -kernel_size 48",
-        "average pooling": f"{SHORT} -pool avg",
-        "strided convolutions": f"{SHORT} -pool stride",
-        "no pooling": f"{SHORT} -pool none",
     },
     ("all", 3): {
         f"{name}, {pixels}": f"{SHORT_CYCLE} -no_batch_norm {more} -pixels {pixels}"
@@ -117,6 +115,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
     }
     | {label: f"-precision bfloat16 -epochs 20 {arguments}" for label, arguments in SWINGS.items()}
     | {KEPT: "-last_batch keep"},
+    ("all", 5): {label: f"{SHORT_CYCLE} {arguments}" for label, arguments in SHAPES.items()},
     ("beyond", 5): {BEST: RECIPE_BEST, NOT_ERASED: f"{RECIPE_BEST} -augment flip crop"},
     ("beyond", 3): {
         ORIGINAL_10: SHORT_BFLOAT16,
