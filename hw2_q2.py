@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -300,6 +301,7 @@ def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
 def record_graphs(model: nn.Module, batch_size: int) -> None:
     """Record the forward and backward pass of batches of this size as CUDA graphs, for a step's
     hundred kernels take a GPU less time than a CPU needs to start them one by one."""
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # a stream of recording
     state, eager = copy.deepcopy(model.state_dict()), model.forward
     x = to_float(torch.zeros(batch_size, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda"))
     graphed = torch.cuda.make_graphed_callables(model.train(), (x,)).forward

@@ -2,6 +2,7 @@
 
     python -m tests.benchmark              everything, about 20 minutes on 2 cores
     python -m tests.benchmark --quick      the same with tiny data, to see that it works
+    python -m tests.benchmark --gpu        only question 2's training steps on a GPU: a minute
 
 Prints the table of figures/speed.md and writes figures/benchmark.json and figures/benchmark.png.
 Contenders take turns, so other load on the machine slows all of them, and their times are medians
@@ -163,12 +164,14 @@ def make_images(count):
     return images, torch.randint(0, 6, (count,), generator=generator)
 
 
-def our_steps(options, count):
+def our_steps(options, count, device="cpu", graphs=False):
     """A function that trains our network of these options for `count` steps."""
     args = hw2_q2.parse_args(options)
-    model = hw2_q2.build_model(args)
+    model = hw2_q2.build_model(args).to(device)
     optimizer = hw2_q2.make_optimizer(model, args)
-    images, labels = hw2_q2.to_device(*make_images(count * BATCH_SIZE), "cpu", args)
+    images, labels = hw2_q2.to_device(*make_images(count * BATCH_SIZE), device, args)
+    if graphs:
+        hw2_q2.record_graphs(model, BATCH_SIZE)
     data = images, labels, [BATCH_SIZE] * count
     return functools.partial(hw2_q2.train_one_epoch, model, optimizer, *data, 1, args)
 
@@ -239,6 +242,18 @@ def measure_steps(turns, count, cores):
         limit = {"limit, 1 thread": limit_of_step(machine, batch_norm=name != "plain")}
         steps[name] = limit | {who: seconds / count for who, seconds in row.items()}
     return machine, steps
+
+
+def measure_gpu(turns=5, count=300):
+    """For each network the seconds per step on a GPU, with and without CUDA graphs."""
+    device, ways = utils.prepare_device("cuda", 1), {"CUDA graphs": True, "eager": False}
+    contenders = {
+        name: {way: (1, our_steps(options, count, device, graphs)) for way, graphs in ways.items()}
+        for name, options in NETWORKS.items()
+    }
+    steps = take_turns(contenders, turns)
+    steps = {name: {way: s / count for way, s in row.items()} for name, row in steps.items()}
+    return {"machine": utils.measured(device, []), "steps": steps}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -423,6 +438,15 @@ def readme_table(results):
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
+def gpu_sentence(results):
+    """What the measurements on a GPU say, as in figures/speed.md."""
+    texts = [
+        f"{name}: {1e3 * row['CUDA graphs']:.1f} ms, {1e3 * row['eager']:.1f} ms without"
+        for name, row in results["steps"].items()
+    ]
+    return "; ".join(texts)
+
+
 def draw(path, results):
     """Draw a step's time against the limit, and how times grow."""
     cores = results["machine"]["cores"]
@@ -463,9 +487,15 @@ def draw(path, results):
 def main(argv=None):
     parser = utils.Parser("python -m tests.benchmark", description=__doc__.rpartition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="use tiny data, to see that it works")
+    parser.add_argument("--gpu", action="store_true", help="measure only training steps on a GPU")
     output = {"type": Path, "metavar": "DIR", "default": utils.ROOT / "figures"}
     parser.add_argument("--output", **output, help="folder of the two files (default: figures/)")
     args = parser.parse_args(argv)
+    if args.gpu:
+        results = {"command": "python -m tests.benchmark --gpu"} | measure_gpu()
+        utils.save_record(args.output / "benchmark_gpu.json", results)
+        print(gpu_sentence(results))
+        return
     turns, steps, words, share = (1, 4, 20, 0.01) if args.quick else (5, 100, 10_000, 1)
     cores = utils.cpu_count()
     machine, step_times = measure_steps(turns, steps, cores)

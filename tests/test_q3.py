@@ -423,7 +423,7 @@ def test_the_best_epoch_is_tested(run, out, tmp_path, monkeypatch):
 def test_cuda_computes_what_the_cpu_computes(shape):
     speller, outcomes = make_speller(shape), []
     for device in ("cpu", "cuda"):
-        speller.model.to(device)
+        speller.model.to(utils.prepare_device(device, 1))  # without TF32
         pairs = speller.encode(PAIRS)
         logits, _ = speller.model(pairs.sources, pairs.lengths, pairs.targets)
         ways = speller.greedy(pairs, 9), speller.beam(pairs, 3, 9)

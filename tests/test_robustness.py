@@ -117,7 +117,8 @@ def child(question, argv, output, started, kill, moment):
 def run_child(question, argv, folder, kill=None, delay=None, moment=0):
     """Run a script until it ends or is killed. Returns its exit status, output and seconds."""
     folder.mkdir(exist_ok=True)
-    argv, output, started = [*argv, str(folder)], folder / "output.txt", forks.Event()
+    argv = [f"{SCRIPTS[question].DASH}device", "cpu", *argv, str(folder)]  # forks cannot use a GPU
+    output, started = folder / "output.txt", forks.Event()
     process = forks.Process(target=child, args=(question, argv, output, started, kill, moment))
     process.start()
     assert started.wait(60)
