@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -511,7 +510,7 @@ def draw_figures(
     draw_images(folder / "test-images.png", run.title, images, labels, predicted)
 
 
-def plot_confusion(title: str, confusion: list[list[int]]) -> Figure:
+def plot_confusion(title: str, confusion: list[list[int]]) -> utils.Figure:
     """A figure of a confusion matrix (6, 6): counts in the cells, each class's recall beside it."""
     fig, axes = utils.new_figure(4.6, 3.9)
     axes.grid(False)
