@@ -97,12 +97,24 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
     pairs = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     if not pairs:
         return "–"
-    mean = statistics.mean(pairs)
-    if len(pairs) == 1:
+    return with_interval(statistics.mean(pairs), pooled_spread([pairs]), 1 / len(pairs))
+
+
+def unpaired_difference(values: Sequence[float], baseline: Sequence[float], spread: Spread) -> str:
+    """'difference of means [95 % confidence interval]' of two systems' runs with a common spread
+    (Student's t)."""
+    if not values or not baseline:
+        return "–"
+    mean = statistics.mean(values) - statistics.mean(baseline)
+    return with_interval(mean, spread, 1 / len(values) + 1 / len(baseline))
+
+
+def with_interval(mean: float, spread: Spread, factor: float) -> str:
+    """'mean [95 % confidence interval]' of a mean with the variance factor * s²; without an
+    interval if there is no spread."""
+    if not spread.df:
         return f"{mean:+.3f}"
-    half = (
-        scipy.stats.t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / math.sqrt(len(pairs))
-    )
+    half = scipy.stats.t.ppf(0.975, spread.df) * math.sqrt(spread.variance * factor)
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 

@@ -48,6 +48,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         is_general |= name == "data_path" and options.thumbnails
         if not options.train and not is_general and value != parser.get_default(name):
             raise UserError(f"--{name} needs --train")
+    labels = [x.label for question in QUESTIONS.values() for x in question.EXPERIMENTS]
+    if not fnmatch.filter(labels, options.only):
+        raise UserError(f"--only {options.only!r} matches no experiment, such as {labels[0]!r}")
     return options
 
 

@@ -72,10 +72,15 @@ SHAPES = {  # of the variant's blocks
     "one 48x48": "-kernel_size 48", "average pooling": "-pool avg",
     "strided convolutions": "-pool stride", "no pooling": "-pool none",
 }  # fmt: skip
-SWEEP = {  # of learning rates
-    rate: f"plain, rate {rate}, 5 epochs"
-    for rate in (3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+CONSTANT = {  # at a constant rate
+    f"{label}, constant rate": SHAPES[label]
+    for label in ("kernels 3x3, max pooling", "kernels 7x7", "two 3x3 per block")
 }
+SHORT_RATES = {rate: f"plain, rate {rate}, 5 epochs" for rate in (3e-4, 0.003, 0.03, 0.3, 1.0)}
+SWEEP = {  # of learning rates: the first epochs of long runs are those of short ones
+    **SHORT_RATES, 0.001: "plain, rate 0.001", 0.01: PLAIN, 0.1: "plain, rate 0.1",
+}  # fmt: skip
+SWEEP_EPOCHS = 5
 BUDGETS = {
     (model, epochs): f"best recipe, {model}, {epochs} epochs"
     for model in ("cnn", "resnet")
@@ -103,6 +108,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         "pooling without batch norm": "-no_batch_norm -head gap",
         "plain, dropout 0.3": "-no_batch_norm -dropout 0.3",
         "plain, weight decay 0.0005": "-no_batch_norm -l2_decay 0.0005",
+        **{label: f"{SHORT} {arguments}" for label, arguments in CONSTANT.items()},
     },
     ("all", 3): {
         f"{name}, {pixels}": f"{SHORT_CYCLE} -no_batch_norm {more} -pixels {pixels}"
@@ -111,7 +117,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
     }
     | {
         label: f"-no_batch_norm -precision bfloat16 -epochs 5 -learning_rate {rate}"
-        for rate, label in SWEEP.items()
+        for rate, label in SHORT_RATES.items()
     }
     | {label: f"-precision bfloat16 -epochs 20 {arguments}" for label, arguments in SWINGS.items()}
     | {KEPT: "-last_batch keep"},
@@ -154,7 +160,7 @@ ORIGINAL_LAYERS = 896, 18_496, 73_856, 64, 128, 256, 132_096, 4_719_616, 524_800
 ORIGINAL_TOTALS = dict(zip(script.NETWORKS, (5_340_160, 752_640)))
 ORIGINAL_VALIDATION_IMAGES = 1404
 # Systems trained for 40 epochs at a constant rate, over which the spread between seeds is pooled.
-# Not KEPT, whose last batch of three images makes it swing more.
+# Not KEPT, whose last batch of three images makes it swing more, nor rate 0.1, scrambled or not.
 FORTY = (
     PLAIN, "plain, rate 0.001", VARIANT, "plain, scrambled", "plain, rate 0.001, scrambled",
     "batch norm + pooling, scrambled", "batch norm, flattened", "pooling without batch norm",
@@ -168,7 +174,6 @@ SCRAMBLED = (
 SCRAMBLED_CURVES = PLAIN, "plain, scrambled", VARIANT, "batch norm + pooling, scrambled"
 CHANGES = PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
 REGULARISED = PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", *CHANGES[1:]
-KERNELS = "kernels 3x3, max pooling", "kernels 5x5", "kernels 7x7", "two 3x3 per block", "one 48x48"
 POOLS = "kernels 3x3, max pooling", "average pooling", "strided convolutions", "no pooling"
 SHIFTED = PLAIN, "pooling without batch norm", VARIANT
 MAIN_RESULTS = VARIANT, BEST_20, NOT_ERASED, BEST, RESNET_20, BEST_RESNET
@@ -305,7 +310,8 @@ def seed_spread(records: Records, split: str) -> common.Spread:
 def interval(records: Records, label: str, split: str) -> tuple[float, float] | None:
     """The 95 % prediction interval for a new run's accuracy. The original's validation images are
     another tenth of the training images, so both samples of images add p (1 - p) / N; the test
-    images are the same. None if a run diverged, for the others are a biased sample."""
+    images are the same. The spread between seeds is that of FORTY, or of a system that is not among
+    them its own. None if a run diverged, for the others are a biased sample."""
     runs = scored(records[label])
     if not runs or len(runs) < len(records[label]):
         return None
@@ -314,7 +320,8 @@ def interval(records: Records, label: str, split: str) -> tuple[float, float] | 
     if split == "val":
         p, count = statistics.mean(values), sum(map(sum, runs[0]["final"]["val"]["confusion"]))
         items = p * (1 - p) * (1 / count + 1 / ORIGINAL_VALIDATION_IMAGES)
-    return common.prediction_interval(values, seed_spread(records, split), items)
+    spread = seed_spread(records, split) if label in FORTY else common.pooled_spread([values])
+    return common.prediction_interval(values, spread, items)
 
 
 def receptive_field(model: nn.Module) -> int:
@@ -355,9 +362,7 @@ MEASURES = {  # columns of means and standard deviations
 }
 GAP_COLUMNS = "training", "validation", "test", "training - validation", LATE, "runs"
 SIZE_COLUMNS = "parameters", PRODUCTS, LATE, EPOCH, SECONDS
-KERNEL_COLUMNS = (
-    FIELD, "parameters", PRODUCTS, SECONDS, LATE, "test", "training - validation", "runs",
-)  # fmt: skip
+SHAPE_COLUMNS = FIELD, "parameters", PRODUCTS
 MAIN_COLUMNS = "parameters", "epochs", "validation", "test", NO_TTA, "runs"
 
 
@@ -420,6 +425,31 @@ def accuracy_table(records: Records, labels: Iterable[str]) -> str | None:
     head = "network", "original: validation / test", "this report, last epoch: validation / test"
     head += LATE, "runs", "95 % prediction interval: validation / test"
     return markdown_table((*head, "original inside? validation / test"), rows)
+
+
+def shape_spread(records: Records, column: str) -> common.Spread:
+    """How much a column of MEASURES varies between runs of one network, pooled over SHAPES."""
+    return common.pooled_spread(values_of(column, records[label]) for label in SHAPES)
+
+
+def compare_shapes(records: Records, label: str, base: str, column: str) -> str:
+    """The difference of a column of MEASURES between two of SHAPES."""
+    values, baseline = (values_of(column, records[x]) for x in (label, base))
+    return common.unpaired_difference(values, baseline, shape_spread(records, column))
+
+
+def shapes_table(records: Records) -> str | None:
+    """Accuracies of SHAPES, and their differences from the first."""
+    base, rows, columns = next(iter(SHAPES)), [], ("validation", "test", "training - validation")
+    for label in SHAPES:
+        if runs := scored(records[label]):
+            cells = []
+            for column in columns:
+                change = "" if label == base else compare_shapes(records, label, base, column)
+                cells += [cell(column, runs), change]
+            rows.append([label, *cells, len(runs)])
+    head = [name for column in columns for name in (column, "change")]
+    return markdown_table(["network", *head, "runs"], rows)
 
 
 def gains_table(records: Records, base: str, labels: Iterable[str]) -> str | None:
@@ -651,18 +681,19 @@ def draw_confusion(records: Records) -> Figure | None:
 
 
 def draw_sweep(records: Records) -> Figure | None:
-    """Validation accuracy after 5 epochs against the learning rate; runs that diverge at chance."""
-    points = {rate: records[label] for rate, label in SWEEP.items() if records[label]}
-    if not points:
-        return None
+    """Validation accuracy after SWEEP_EPOCHS against the learning rate, a dot per run and a line
+    through the means; crosses for runs that diverged before."""
+    means, diverged = {}, []
     fig, axes = utils.new_figure(5.0, 2.8)
-    means = {
-        rate: values for rate, runs in points.items() if (values := values_of("validation", runs))
-    }
-    axes.plot(means, list(map(statistics.mean, means.values())), color=utils.BLUE)
-    for rate, values in means.items():
+    for rate, label in sorted(SWEEP.items()):
+        columns = [run["history"].get("val_accuracy", []) for run in records[label]]
+        values = [x[SWEEP_EPOCHS - 1] for x in columns if len(x) >= SWEEP_EPOCHS]
         axes.plot([rate] * len(values), values, "o", color=utils.BLUE, markersize=4, alpha=0.6)
-    diverged = [rate for rate, runs in points.items() for _ in runs[len(scored(runs)) :]]
+        means |= {rate: statistics.mean(values)} if values else {}
+        diverged += [rate] * (len(columns) - len(values))
+    if not means:
+        return None
+    axes.plot(means.keys(), means.values(), color=utils.BLUE)
     axes.plot(diverged, [0] * len(diverged), "x", color="black", clip_on=False, label="diverged")
     axes.axhline(1 / len(utils.CLASSES), color="0.6", linestyle=":", label="chance")
     axes.set(xscale="log", xlabel="Learning rate", ylabel="Validation accuracy", ylim=(0, None))

@@ -113,7 +113,7 @@ def textbook_epoch(model, optimizer, loader):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return sum(losses) / len(losses)
+    return statistics.mean(losses)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def measure_gpu(turns=5, count=300):
     """For each network the seconds per step on a GPU, with and without CUDA graphs."""
     device, ways = utils.prepare_device("cuda", 1), {"CUDA graphs": True, "eager": False}
     contenders = {
-        name: {way: (1, our_steps(options, count, device, graphs)) for way, graphs in ways.items()}
+        name: {way: (1, our_steps(options, count, device, ways[way])) for way in ways}
         for name, options in NETWORKS.items()
     }
     steps = take_turns(contenders, turns)
@@ -290,11 +290,8 @@ def textbook_spelling_epoch(model, pairs):
         lengths = torch.tensor([len(source) for source in sources])
         return pad_sequence(sources, True), lengths, pad_sequence(targets, True)
 
-    sources, targets = (
-        unpad(pairs.sources, pairs.lengths),
-        unpad(pairs.targets, pairs.target_lengths),
-    )
-    words = list(zip(sources, targets))
+    targets = unpad(pairs.targets, pairs.target_lengths)
+    words = list(zip(unpad(pairs.sources, pairs.lengths), targets))
     loader = DataLoader(words, ARGS.batch_size, shuffle=True, collate_fn=collate)
     optimizer = torch.optim.Adam(model.parameters(), lr=ARGS.lr)
     return functools.partial(textbook_epoch, model, optimizer, loader)
@@ -325,15 +322,13 @@ def measure_spelling(turns, limit, cores):
 
     greedy = [spelling for [spelling] in hw2_q3.spellings(speller.greedy(test))]
     same = greedy == [speller.target.decode(indices) for indices in spell_one_by_one()]
-    generator = torch.Generator().manual_seed(0)
+    sampling = 0.8, 3  # p, number of samples
+    ours_sampling = (*sampling, torch.Generator().manual_seed(0))
     decoding = {
-        "greedy": {
-            "ours": (cores, speller.greedy, test),
-            "textbook": (cores, spell_one_by_one),
-        },
+        "greedy": {"ours": (cores, speller.greedy, test), "textbook": (cores, spell_one_by_one)},
         "nucleus, 3 samples": {
-            "ours": (cores, speller.sample, test, 0.8, 3, generator),
-            "textbook": (cores, spell_one_by_one, 0.8, 3),
+            "ours": (cores, speller.sample, test, *ours_sampling),
+            "textbook": (cores, spell_one_by_one, *sampling),
         },
     }
     medians = take_turns(decoding, turns)  # before training changes the weights
@@ -440,26 +435,18 @@ def readme_table(results):
 
 def gpu_sentence(results):
     """What the measurements on a GPU say, as in figures/speed.md."""
-    texts = [
+    return "; ".join(
         f"{name}: {1e3 * row['CUDA graphs']:.1f} ms, {1e3 * row['eager']:.1f} ms without"
         for name, row in results["steps"].items()
-    ]
-    return "; ".join(texts)
+    )
 
 
 def draw(path, results):
     """Draw a step's time against the limit, and how times grow."""
-    cores = results["machine"]["cores"]
-    colors = {
-        "limit, 1 thread": "0.6",
-        "ours, 1 thread": utils.BLUE,
-        "ours, bfloat16, 1 thread": utils.SKY,
-        f"ours, {cores} threads": utils.GREEN,
-        f"textbook, {cores} threads": utils.VERMILION,
-    }
+    colors = "0.6", utils.BLUE, utils.SKY, utils.GREEN, utils.VERMILION
     fig, grid = utils.new_figure(7.0, 5.2, 2, 2)
     steps, *others = grid.flat
-    for i, (who, color) in enumerate(colors.items()):
+    for i, (who, color) in enumerate(zip(results["steps"]["plain"], colors, strict=True)):
         values = [1e3 * row[who] for row in results["steps"].values()]
         bars = steps.bar([i * 0.16, 1 + i * 0.16], values, 0.15, color=color, label=who)
         steps.bar_label(bars, fmt="%.1f", fontsize=6.5)

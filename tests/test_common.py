@@ -58,3 +58,13 @@ def test_differences_are_paired_by_seed():
     assert common.difference(values, baseline) == f"+0.090 [{low:+.3f}, {high:+.3f}]"
     assert common.difference({42: 0.5}, {42: 0.6, 1: 0.7}) == "-0.100"
     assert common.difference({42: 0.5}, {1: 0.7}) == common.difference({}, {1: 0.7}) == "–"
+
+
+def test_unpaired_differences_are_those_of_students_test():
+    values, baseline = [0.80, 0.83, 0.82, 0.9], [0.71, 0.73, 0.74]
+    low, high = scipy.stats.ttest_ind(values, baseline).confidence_interval()
+    spread = common.pooled_spread([values, baseline])
+    mean = statistics.mean(values) - statistics.mean(baseline)
+    expected = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+    assert common.unpaired_difference(values, baseline, spread) == expected
+    assert common.unpaired_difference(values, [], spread) == "–"

@@ -28,9 +28,8 @@ def preset(question):
 @both_questions
 def test_help_has_commands_and_every_option_with_its_default(question, capsys):
     script = SCRIPTS[question]
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="0"):
         script.main(["-h"])
-    assert stop.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: {script.__name__}.py")
     assert f"\n    python {script.__name__}.py" in text
@@ -82,9 +81,9 @@ RUNS = {  # on each line the command lines of one run
 }
 
 
-def assert_commands_repeat_their_runs(script, args):
-    """The command of each run says all that makes it. Returns the runs' names."""
-    data, names = SimpleNamespace(name="photographs", fingerprint="0" * 12), []
+def names_of_runs(script, args):
+    """The names of the arguments' runs; each run's command makes it again, anywhere."""
+    data, names = SimpleNamespace(name="photographs", fingerprint="0" * 12), set()
     if script is hw2_q2:
         configs = utils.expand(args, "learning_rate", "seed")
     else:
@@ -95,20 +94,19 @@ def assert_commands_repeat_their_runs(script, args):
         assert (program, name) == ("python", f"{script.__name__}.py")
         again = script.make_run(script.parse_args(words), data)
         assert (again.name, again.command) == (run.name, run.command)
-        names.append(run.name)
-        for option in ("recipe", "threads", "restart", "output_dir"):
-            assert f"{script.DASH}{option}" not in words
+        runtime = {f"{script.DASH}{x}" for x in ("recipe", "threads", "restart", "output_dir")}
+        assert runtime.isdisjoint(words)
+        names.add(run.name)
     return names
 
 
 @both_questions
 def test_each_run_has_one_name_and_its_command_repeats_it(question):
     script, names = SCRIPTS[question], set()
-    lines = RUNS[question].removeprefix("\n").splitlines()
+    lines = RUNS[question].strip("\n").splitlines()
     for line in lines:
         same = [script.parse_args(words.split()) for words in line.split("|")]
-        [[name], *others] = [assert_commands_repeat_their_runs(script, args) for args in same]
-        assert all(other == [name] for other in others)
+        [name] = set().union(*(names_of_runs(script, args) for args in same))
         names.add(name)
     assert len(names) == len(lines)
 
@@ -117,9 +115,9 @@ def test_each_run_has_one_name_and_its_command_repeats_it(question):
 # refused command lines
 
 BAD_VALUES = {
-    "q2": """-epochs 0|-epochs 1.5|-batch_size 0|-learning_rate 0|-learning_rate .1 0|-dropout 1
--momentum 1|-label_smoothing 1|-kernel_size 4|-kernel_size 0|-convs 0|-recipe none|-augment flop
--tta mirror mirrors|-seed 1 2 x|-threads 0|-jobs 0|-predict|-leaning_rate 1|-epochs|train""",
+    "q2": """-epochs 0|-batch_size 0|-learning_rate 0|-learning_rate .1 0|-dropout 1|-momentum 1
+-label_smoothing 1|-kernel_size 4|-kernel_size 0|-convs 0|-seed 1 2 x|-threads 0|-jobs 0
+-tta mirror mirrors|-predict|-leaning_rate 1|-epochs|train""",
     "q3": """--n_epochs 0|--batch_size 0|--lr 0|--dropout 1|--hidden_size 7|--topp 0|--topp 1.1
 --k 0|--beam_size 0|--max_len 0|--jobs 0|--threads 0|--layers 0|--clip 0|--embedding_scale 0
 --label_smoothing 1|--use_att|--beam_siz 5|guess""",
@@ -185,7 +183,7 @@ def test_a_wrong_value_is_refused_by_name_with_the_right_ones(main, name, fails)
         assert re.search(r"is not (an integer|a number) in [\[(].+, .+[\])]|choose from", line)
 
 
-PARSERS = {"q2": hw2_q2.parse_args, "q3": hw2_q3.parse_args}
+PARSERS = {name: script.parse_args for name, script in SCRIPTS.items()}
 PARSERS["landscapes"] = prepare_landscapes.parse_args
 PARSERS["pronunciations"] = prepare_pronunciations.parse_args
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
@@ -211,4 +209,4 @@ def test_fuzzed_command_lines(name, words):
         assert stop.code == 0
     else:
         if name in SCRIPTS:
-            assert_commands_repeat_their_runs(SCRIPTS[name], args)
+            names_of_runs(SCRIPTS[name], args)

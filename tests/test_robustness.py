@@ -6,7 +6,6 @@ kills, locks | disks, memory, output | checkpoints, records | data files | fuzzi
 
 import contextlib
 import errno
-import functools
 import io
 import itertools
 import math
@@ -82,6 +81,7 @@ def start(commands, finished_runs, tmp_path):
 # kills and locks
 
 KILLS_PER_RUN = 5
+READERS = {"pt": utils.load_checkpoint, "json": utils.load_record, "png": read_image}
 if os.name == "posix":
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload([__name__])  # imports are made once
@@ -131,31 +131,6 @@ def run_child(question, argv, folder, kill=None, delay=None, moment=0):
     return process.exitcode, output.read_text(encoding="utf-8"), time.monotonic() - start
 
 
-def random_kill(rng, seconds):
-    """How to kill a run of `seconds`: at any time, or around any of its nine files."""
-    when = rng.choice(({"delay": rng.uniform(0, seconds)}, {"moment": rng.randint(1, 27)}))
-    return {"kill": rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT)), **when}
-
-
-def assert_files_are_whole(folder):
-    """Every file under a final name can be read."""
-    readers = {
-        "pt": utils.load_checkpoint,
-        "json": utils.load_record,
-        "png": read_image,
-    }
-    for suffix, read in readers.items():
-        for path in folder.rglob(f"[!.]*.{suffix}"):
-            read(path)
-
-
-def results(folder, output):
-    """(record, checkpoint), lines of scores, names of files: the same for every run."""
-    scores = [line for line in output.splitlines() if line.startswith(("Valid", "Final", "Test "))]
-    assert scores
-    return load_run(folder), scores, {path.name for path in folder.rglob("*")}
-
-
 MOMENTS = [  # question, options, function and its call at which a run dies, finished epochs
     ("q2", "-optimizer adam", utils, "check_divergence", 8, 1),  # of 5 batches
     ("q2", "-no_batch_norm", utils, "save_checkpoint", 2, 1),
@@ -166,13 +141,15 @@ MOMENTS = [  # question, options, function and its call at which a run dies, fin
 ]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize(("question", "line", "owner", "name", "call", "epochs"), MOMENTS)
 def test_every_kind_of_run_resumes(
-    start, question, line, owner, name, call, epochs, tmp_path, capsys
+    start, question, line, owner, name, call, epochs, device, tmp_path, capsys
 ):
     """To the same bits as an uninterrupted one, after the epochs that it had finished."""
     main, argv = start(question)
-    argv = [*line.split(), *argv]  # of two values the last counts
+    device = [f"{SCRIPTS[question].DASH}device", device]
+    argv = [*line.split(), *device, *argv]  # of two values the last counts
     with killed_at(owner, name, call):
         main(argv)
     capsys.readouterr()
@@ -180,8 +157,7 @@ def test_every_kind_of_run_resumes(
     assert len(re.findall("Epoch +[0-9]/4", capsys.readouterr().out)) == 4 - epochs
     main([*argv[:-1], str(tmp_path / "uninterrupted")])
     first, second = load_run(tmp_path / "out"), load_run(tmp_path / "uninterrupted")
-    assert_equal_runs(first, second, ["model", *["best"] * (question == "q3")])
-    assert len(first[1]["seconds"]) == 4
+    assert_equal_runs(first, second)
 
 
 @posix
@@ -191,25 +167,28 @@ def test_a_killed_run_resumes_to_the_same_bits(question, commands, tmp_path, pyt
     remaining = pytestconfig.getoption("kills") // len(SCRIPTS)
     status, output, seconds = run_child(question, argv, tmp_path / "whole")
     assert status == 0, output
-    expected = results(tmp_path / "whole", output)
+    expected = load_run(tmp_path / "whole")
     while remaining > 0:
         folder = tmp_path / f"killed-{remaining}"
         for _ in range(min(KILLS_PER_RUN, remaining)):
-            how = random_kill(rng, seconds)
-            status, output, _ = run_child(question, argv, folder, **how)
-            assert_files_are_whole(folder)
+            kill = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+            when = {"delay": rng.uniform(0, seconds)}, {"moment": rng.randint(1, 27)}  # of 9 files
+            status, output, _ = run_child(question, argv, folder, kill, **rng.choice(when))
+            for suffix, read in READERS.items():
+                for path in folder.rglob(f"[!.]*.{suffix}"):
+                    read(path)  # raises UserError unless it is whole
             if status == 0:  # it ended before
                 break
             remaining -= 1
-            assert status == (-signal.SIGKILL if how["kill"] == signal.SIGKILL else 130), output
+            assert status == (-signal.SIGKILL if kill == signal.SIGKILL else 130), output
             if status == 130:
                 assert "interrupted; run the same command again" in output.splitlines()[-1]
                 assert "Traceback" not in output
         status, output, _ = run_child(question, argv, folder)
         assert status == 0, output
-        resumed = results(folder, output)
-        assert_equal_runs(resumed[0], expected[0], ["model", *["best"] * (question == "q3")])
-        assert resumed[1:] == expected[1:]
+        assert_equal_runs(load_run(folder), expected)
+        names = [{path.name for path in f.rglob("*")} for f in (folder, tmp_path / "whole")]
+        assert names[0] == names[1]  # no temporary file is left
         shutil.rmtree(folder)
 
 
@@ -230,21 +209,6 @@ def test_divergence_ends_with_one_line_and_keeps_the_epochs_before(
     assert SCRIPTS[question].summary(record) == "diverged in epoch 2"
     assert len(record["history"]["train_loss"]) == len(checkpoint["seconds"]) == 1
     assert all(weights.isfinite().all() for weights in checkpoint["model"].values())
-
-
-@needs_cuda
-@pytest.mark.parametrize(("question", "line"), [moment[:2] for moment in MOMENTS])
-def test_cuda_repeats_and_resumes_with_the_same_bits(start, question, line, tmp_path):
-    main, argv = start(question)
-    argv = [*line.split(), f"{SCRIPTS[question].DASH}device", "cuda", *argv[:-1]]
-    for name in "abc":
-        if name == "c":
-            with killed_at(utils, "save_checkpoint", 2):
-                main([*argv, str(tmp_path / name)])
-        main([*argv, str(tmp_path / name)])
-    first, *others = (load_run(tmp_path / name) for name in "abc")
-    for other in others:
-        assert_equal_runs(first, other, ["model", *["best"] * (question == "q3")])
 
 
 def hold_lock(checkpoint, held):
@@ -277,31 +241,24 @@ def contents(folder):
     return {path: path.read_bytes() for path in files}
 
 
-@pytest.fixture
-def disk_limit():
-    """disk_limit(size): no file may grow beyond `size` bytes."""
+@both_questions
+def test_a_full_disk_costs_no_finished_epoch(start, question, tmp_path, fails, monkeypatch, capsys):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@both_questions
-def test_a_full_disk_costs_no_finished_epoch(
-    start, question, disk_limit, tmp_path, fails, monkeypatch, capsys
-):
     (main, argv), save, before = start(question), utils.save_checkpoint, {}
 
     def save_and_fill(*args, **more):
         save(*args, **more)
         before.update(contents(tmp_path / "out"))
-        disk_limit(2000)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))  # no file grows beyond that
 
     monkeypatch.setattr(utils, "save_checkpoint", save_and_fill)
-    assert ".pt: cannot be written" in fails(main, argv)
+    try:
+        assert ".pt: cannot be written" in fails(main, argv)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path / "out") == before != {}
     monkeypatch.undo()
-    disk_limit(-1)
     main(argv)
     assert "Resuming after epoch 1" in capsys.readouterr().out
 
@@ -413,8 +370,7 @@ def test_a_bit_flipped_in_the_weights_is_found(start, fails):
         entry = max(file.infolist(), key=lambda entry: entry.file_size)
     content[entry.header_offset + entry.file_size // 2] ^= 1
     path.write_bytes(content)
-    for words in (argv, ["test", *argv]):
-        assert "wrong checksum" in fails(main, words)
+    assert "wrong checksum" in fails(main, argv)
 
 
 def test_a_checkpoint_that_does_not_fit_its_run_is_named_and_kept(start, fails):
@@ -447,7 +403,7 @@ def test_a_checkpoint_that_does_not_fit_its_run_is_named_and_kept(start, fails):
             assert path.read_bytes() == before
     main([*argv, "--restart"])
     restarted = utils.load_record(record), utils.load_checkpoint(path)
-    assert_equal_runs(restarted, (scores, saved), ("model", "best"))
+    assert_equal_runs(restarted, (scores, saved))
 
 
 def test_checkpoints_of_the_other_question_are_refused(start, fails):
@@ -491,12 +447,11 @@ def test_a_damaged_record_or_figure_costs_no_training(start, question, fails, ca
 # data files
 
 
-def test_a_file_that_unpacks_to_too_much_is_not_read(tmp_path, landscapes_path):
+def test_a_file_that_unpacks_to_too_much_is_not_read(tmp_path):
     path = tmp_path / "x.npz"
-    with zipfile.ZipFile(landscapes_path) as old, zipfile.ZipFile(path, "w") as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry))
-        new.filelist[0].file_size = 5 * 2**30  # written to the directory at the end
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("train_images.npy", b"")
+        file.filelist[0].file_size = 5 * 2**30  # written to the directory at the end
     with pytest.raises(UserError, match=r"x\.npz: refused, it unpacks to 5\.0 GiB"):
         utils.load_landscapes(path)
     with pytest.raises(UserError, match=r"not a readable checkpoint.* unpacks to more than 4 GiB"):
@@ -513,21 +468,24 @@ def test_an_array_that_claims_to_be_huge(tmp_path, arrays, fails):
     assert re.search("not a readable|out of memory", fails(hw2_q2.main, ["-data_path", path]))
 
 
-@pytest.mark.parametrize("side", [14_000, 20_001])
-def test_images_of_200_million_pixels_in_a_few_kilobytes(tmp_path, side):
-    Image.new("1", (side, side)).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match=r"more than (178|400) million pixels; shrink it"):
-        read_image(tmp_path / "x.png")
+def make_jpeg(width, height):
+    """A small JPEG that claims to have this size."""
+    content = in_memory(Image.new("RGB", (16, 16)).save, "JPEG")
+    return content.replace(struct.pack(">HH", 16, 16), struct.pack(">HH", height, width))
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-def test_a_jpeg_that_claims_to_have_more_than_400_million_pixels(tmp_path, progressive):
-    content = in_memory(Image.new("RGB", (16, 16)).save, "JPEG", progressive=progressive)
-    size, huge = struct.pack(">HH", 16, 16), struct.pack(">HH", 20_001, 20_000)
-    assert content.count(size) == 1
-    (tmp_path / "x.jpg").write_bytes(content.replace(size, huge))
-    with pytest.raises(UserError, match="more than 400 million pixels; shrink it"):
-        read_image(tmp_path / "x.jpg")
+BOMBS = {  # images of a few kilobytes: (content, the limit in millions of pixels)
+    "PNG": (lambda: in_memory(Image.new("1", (14_000, 14_000)).save, "PNG"), 178),
+    "PNG that Pillow refuses": (lambda: in_memory(Image.new("1", (20_001,) * 2).save, "PNG"), 400),
+    "JPEG": (lambda: make_jpeg(20_000, 20_001), 400),
+}
+
+
+@pytest.mark.parametrize(("make", "limit"), BOMBS.values(), ids=BOMBS)
+def test_images_of_too_many_pixels_are_not_decoded(tmp_path, make, limit):
+    (tmp_path / "x").write_bytes(make())
+    with pytest.raises(UserError, match=f"more than {limit} million pixels; shrink it"):
+        read_image(tmp_path / "x")
 
 
 def test_symbols_that_look_like_mathematics(start, tmp_path):
@@ -581,17 +539,6 @@ def damaged(content):
     return edits.map(replace) | cuts | st.binary(max_size=200)
 
 
-def read_or_refused(read, *arguments):
-    """read(...), or None if it raises UserError, whose message is one line."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return read(*arguments)
-    except UserError as error:
-        assert str(error)
-        assert "\n" not in str(error)
-        return None
-
-
 def in_memory(write, *arguments, **options):
     """The bytes that write(file, ...) writes."""
     file = io.BytesIO()
@@ -613,50 +560,46 @@ def make_archive(file):
                 archive.writestr(f"{folder}/{folder}/{name}/{number}.png", IMAGES["PNG"])
 
 
-def assert_landscapes(data):
-    for images, labels in data.splits.values():
+def read_landscapes(path):
+    for images, labels in utils.load_landscapes(path).splits.values():
         assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
         assert images.shape[1:] == (3, 48, 48)
         assert len(labels) == len(images) > 0
-
-
-def assert_image(image):
-    assert (image.shape, image.dtype) == ((3, 48, 48), torch.uint8)
-
-
-def assert_record(record):
-    kinds = {"command": str} | dict.fromkeys(("arguments", "data", "history", "measured"), dict)
-    assert all(type(record[name]) is kind for name, kind in kinds.items())
 
 
 def read_archive(path):
     output = path.with_name("archive.npz")
     output.unlink(missing_ok=True)
     prepare_landscapes.main(["--archive", str(path), "--output", str(output)])
-    return utils.load_landscapes(output)
+    read_landscapes(output)
+
+
+def read_record(path):
+    record = utils.load_record(path)
+    kinds = {"command": str} | dict.fromkeys(("arguments", "data", "history", "measured"), dict)
+    assert all(type(record[name]) is kind for name, kind in kinds.items())
 
 
 def read_checkpoint(path):
-    """Read a checkpoint in every way the scripts do, unless the first refuses it for all."""
+    """In every way the scripts do, unless the first refuses it for all."""
     saved = utils.load_checkpoint(path)
-    read_or_refused(hw2_q2.load_network, path, "cpu")
+    with contextlib.suppress(UserError):
+        hw2_q2.load_network(path, "cpu")
     identity = {k: saved[k] for k in ("arguments", "data", "training_version")}
     run, model = make_run(path.parent, **identity, checkpoint_file=path), torch.nn.Linear(2, 2)
-    read_or_refused(utils.resume, run, model, torch.optim.Adam(model.parameters()))
-    return hw2_q3.load_speller(path, "cpu")
+    with contextlib.suppress(UserError):
+        utils.resume(run, model, torch.optim.Adam(model.parameters()))
+    speller, _, _ = hw2_q3.load_speller(path, "cpu")
+    speller.greedy(speller.encode([(("k", "æ"), "")]), 3)
 
 
-def assert_speller(loaded):
-    loaded[0].greedy(loaded[0].encode([(("k", "æ"), "")]), 3)
+def read_photograph(path):
+    image = read_image(path)
+    assert (image.shape, image.dtype) == ((3, 48, 48), torch.uint8)
 
 
-FILES = {  # name: (how it is read, what then is true)
-    "arrays": (utils.load_landscapes, assert_landscapes),
-    "archive": (read_archive, assert_landscapes),
-    "record": (utils.load_record, assert_record),
-    "checkpoint": (read_checkpoint, assert_speller),
-    **dict.fromkeys(IMAGES, (read_image, assert_image)),
-}
+FILES = {"arrays": read_landscapes, "archive": read_archive, "record": read_record}
+FILES |= {"checkpoint": read_checkpoint, **dict.fromkeys(IMAGES, read_photograph)}
 
 
 @pytest.fixture(scope="module")
@@ -666,19 +609,18 @@ def contents_of_files(finished_runs, folder):
     made = {"arrays": in_memory(np.savez, **ARRAYS), "archive": in_memory(make_archive)}
     written = {"record": record.read_bytes(), "checkpoint": checkpoint.read_bytes()}
     files = IMAGES | made | written
-    for name, (read, check) in FILES.items():
+    for name, read in FILES.items():
         (folder / name).write_bytes(files[name])
-        check(read(folder / name))
+        read(folder / name)
     return files
 
 
 @pytest.mark.parametrize("name", FILES)
 @given(data=st.data())
 def test_fuzzed_files(folder, contents_of_files, name, data):
-    read, check = FILES[name]
     (folder / name).write_bytes(data.draw(damaged(contents_of_files[name])))
-    if (result := read_or_refused(read, folder / name)) is not None:
-        check(result)
+    with contextlib.suppress(UserError):
+        FILES[name](folder / name)
 
 
 VALUES = st.sampled_from([0, 1, 255, -1, 6, float("nan"), float("inf")])
@@ -693,8 +635,8 @@ def test_fuzzed_shapes_and_types_of_arrays(folder, key, shape, dtype, value):
     with contextlib.suppress(ValueError, OverflowError, TypeError), np.errstate(all="ignore"):
         arrays[key] = np.full(shape, value).astype(dtype)
     np.savez(folder / "x.npz", **arrays)
-    if data := read_or_refused(utils.load_landscapes, folder / "x.npz"):
-        assert_landscapes(data)
+    with contextlib.suppress(UserError):
+        read_landscapes(folder / "x.npz")
 
 
 SEPARATORS = st.sampled_from(
@@ -709,12 +651,13 @@ LISTS = LINES.map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binar
 def test_fuzzed_words(folder, content):
     for name in ("train.tsv", "valid.tsv", "test.tsv"):
         (folder / name).write_bytes(content)
-    if data := read_or_refused(utils.load_pronunciations, folder):
+    with contextlib.suppress(UserError):
+        data = utils.load_pronunciations(folder)
         for phonemes, word in data.splits["train"]:
             assert phonemes
             assert all(phonemes)
             assert word == word.strip() != ""
-        "\n".join(hw2_q3.audit(data)).encode()
+        "\n".join(hw2_q3.audit(data)).encode()  # can be printed
 
 
 @given(content=LISTS, segment=st.sampled_from([[], ["--segment"]]))
@@ -722,7 +665,8 @@ def test_fuzzed_lists_of_pronunciations(folder, content, segment):
     (folder / "wiki.tsv").write_bytes(content)
     shutil.rmtree(folder / "split", ignore_errors=True)
     argv = f"--tsv {folder / 'wiki.tsv'} --output_dir {folder / 'split'} --valid 1 --test 1"
-    read_or_refused(prepare_pronunciations.main, [*argv.split(), "--train", "all", *segment])
+    with contextlib.suppress(UserError):
+        prepare_pronunciations.main([*argv.split(), "--train", "all", *segment])
     if (folder / "split").exists():
         splits = utils.load_pronunciations(folder / "split").splits.values()
         words = [{word for _, word in pairs} for pairs in splits]
@@ -736,11 +680,6 @@ JSON = st.recursive(
 )
 
 
-@functools.lru_cache
-def read_parts(checkpoint):
-    return torch.load(io.BytesIO(checkpoint))
-
-
 @given(data=st.data(), value=JSON)
 def test_fuzzed_pickles_and_parts_in_intact_checkpoints(folder, contents_of_files, data, value):
     good = contents_of_files["checkpoint"]
@@ -748,7 +687,9 @@ def test_fuzzed_pickles_and_parts_in_intact_checkpoints(folder, contents_of_file
         for entry in old.infolist():
             content, is_pickle = old.read(entry), entry.filename.endswith("data.pkl")
             new.writestr(entry, data.draw(damaged(content)) if is_pickle else content)
-    read_or_refused(read_checkpoint, folder / "p.pt")
-    parts = read_parts(good)
+    with contextlib.suppress(UserError):
+        read_checkpoint(folder / "p.pt")
+    parts = torch.load(io.BytesIO(good))
     torch.save(parts | {data.draw(st.sampled_from(sorted(parts))): value}, folder / "p.pt")
-    read_or_refused(read_checkpoint, folder / "p.pt")
+    with contextlib.suppress(UserError):
+        read_checkpoint(folder / "p.pt")
