@@ -6,8 +6,9 @@
     python hw2_q2.py -count_params                         trainable parameters, layer by layer
     python hw2_q2.py -predict beach.jpg holiday/           classify your own images
 
-Test accuracy, mean ± standard deviation over seeds, on one thread of a CPU: 0.825 ± 0.031 (3 seeds,
-23 minutes each), plain 0.783 ± 0.031 (3 seeds), best recipe 0.900 ± 0.004 (5 seeds, 18 minutes).
+Test accuracy, mean ± standard deviation over seeds, on one thread of a CPU: batch norm and pooling
+0.825 ± 0.031 (3 seeds, 23 minutes each), plain 0.783 ± 0.031 (3 seeds), best recipe 0.900 ± 0.004
+(5 seeds, 18 minutes).
 
 model | training | figures | prediction | options | main
 """
@@ -297,15 +298,20 @@ def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
     return torch.optim.SGD(model.parameters(), **settings)
 
 
-def record_graphs(model: nn.Module, batch_size: int) -> None:
-    """Record the forward and backward pass of batches of this size as CUDA graphs, for a step's
-    hundred kernels take a GPU less time than a CPU needs to start them one by one."""
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # a stream of recording
+def capture_cuda_graphs(model: nn.Module, batch_size: int) -> None:
+    """Let the model train on batches of this size by CUDA graphs, which start all kernels of the
+    forward or the backward pass at once: a GPU computes a small batch faster than a CPU starts its
+    kernels one by one. Other batches, and evaluation, run as before.
+
+    The weights stay where the graphs expect them, so they may be changed in place only. Each
+    backward pass overwrites the gradients of the one before. A deep copy would train the original.
+    """
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # that of the capture
     state, eager = copy.deepcopy(model.state_dict()), model.forward
     x = to_float(torch.zeros(batch_size, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda"))
     graphed = torch.cuda.make_graphed_callables(model.train(), (x,)).forward
     model.forward = lambda x: graphed(x) if len(x) == batch_size else eager(x)
-    model.load_state_dict(state)  # recording has changed batch norm's statistics
+    model.load_state_dict(state)  # the capture has changed batch norm's statistics
 
 
 def batch_sizes(count: int, batch_size: int, last_batch: str = "keep") -> list[int]:
@@ -322,7 +328,7 @@ def train(args: Namespace) -> None:
     record and figures. Raises UserError."""
     data, device = load_data(args), utils.prepare_device(args.device, args.threads)
     if args.precision == "bfloat16" and device.type == "cpu" and not utils.bfloat16_is_faster():
-        print("This processor emulates bfloat16: float32 is faster here", file=sys.stderr)
+        print("float32 is faster than bfloat16 on this processor", file=sys.stderr)
     run = make_run(args, data)
     with utils.run_lock(run):
         if args.restart:
@@ -342,7 +348,7 @@ def train(args: Namespace) -> None:
         if not saved["seconds"]:
             utils.note_shorter_run(run)
         if device.type == "cuda":
-            record_graphs(model, sizes[0])
+            capture_cuda_graphs(model, sizes[0])  # of the resumed weights
         history, seconds = saved["history"], saved["seconds"]
         with utils.recording_divergence(run, model, history, seconds):
             for epoch in range(len(seconds) + 1, args.epochs + 1):
@@ -375,7 +381,8 @@ def train_one_epoch(
     labels: Tensor, sizes: list[int], epoch: int, args: Namespace,
 ) -> dict[str, float]:  # fmt: skip
     """Train on all images, uint8 (N, 3, 48, 48), in random order, in batches of these `sizes`.
-    Returns the mean loss (nats) and accuracy, dropout included. Raises utils.Diverged."""
+    Returns the mean loss (nats) and accuracy of the batches as trained on, with dropout,
+    augmentation and label smoothing. Raises utils.Diverged."""
     utils.seed_everything(args.seed, epoch)
     model.train()
     augment = make_augmentation(args.augment)
@@ -393,7 +400,7 @@ def train_one_epoch(
         if args.label_smoothing:  # Szegedy et al. 2016, section 7
             loss = (1 - args.label_smoothing) * loss - args.label_smoothing * log_probs.mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # on a CPU it may also update fc1: FusedSGDLinear
         optimizer.step()
 
         loss, correct = loss.detach(), (log_probs.detach().argmax(1) == y).sum()
@@ -471,7 +478,7 @@ def load_data(args: Namespace) -> utils.Landscapes:
 
 
 def overrides(args: Namespace, without: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments, but for those called `without`, that differ from the defaults."""
+    """The arguments that differ from the defaults, except those called `without`."""
     defaults = parse_args([] if args.batch_norm else ["-no_batch_norm"])  # -head depends on it
     arguments = {} if args.batch_norm else {"batch_norm": False}
     return arguments | utils.overrides(args, defaults, without)
@@ -577,11 +584,12 @@ def choose_network(args: Namespace) -> Path:
 def read_images(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
     """The images (3, 48, 48) of the readable files among `paths` and in the folders among them, and
     what is wrong with other paths. Skips unreadable files in folders with a message."""
-    named, images, problems = {}, {}, []  # named: {file: whether `paths` have it, not a folder}
+    named, images, problems = {}, {}, []  # named: {file: whether it is itself among `paths`}
     for path in [path for pattern in paths for path in image_files.expand_pattern(pattern)]:
         is_folder = os.path.isdir(path)
         files = image_files.find_images(path) if is_folder else [path]
-        named |= dict.fromkeys(files, not is_folder)
+        for file in files:
+            named[file] = named.get(file, False) or not is_folder
         problems += [] if files else [utils.printable(f"{path}: no images in this folder")]
     for file, is_named in tqdm(named.items(), unit="image", leave=False, disable=None):
         try:
@@ -694,7 +702,7 @@ def make_parser() -> utils.Parser:
         help="network for -predict (default: the one with the best validation accuracy on "
         "photographs, else data/pretrained/q2.pt)")
     add("-json", action="store_true",
-        help="print the output of -predict as a JSON list, without images that cannot be read")
+        help="print predictions as a JSON list; images that cannot be read are omitted")
     return parser
 
 
@@ -711,7 +719,7 @@ def add_training_options(add: Callable) -> None:
         "before (default: merge with batch norm, else keep); a single image is always merged")
     add("-l2_decay", type=decay, default=0.0, help="weight decay (default: %(default)s)")
     add("-optimizer", choices=("sgd", "adam"), default="sgd",
-        help="optimizer (default: %(default)s)")
+        help="SGD or Adam (default: %(default)s)")
     add("-momentum", type=probability, default=0.0, help="Nesterov momentum (default: %(default)s)")
     add("-precision", choices=("float32", "bfloat16"), default="float32",
         help="precision of convolutions; bfloat16 is faster on some CPUs (default: %(default)s)")
@@ -732,8 +740,8 @@ def add_network_options(group: Any) -> None:
         help="input of the linear layers: the last feature map's global average, or all of it "
         "(default: gap with batch norm, else flatten)")
     pools("-pool", choices=("max", "avg", "stride", "none"), default="max",
-        help="how a block halves the feature map: max pooling, average pooling, a convolution "
-        "of stride 2, or not at all (default: %(default)s)")
+        help="what halves the feature map in a block: max pooling, average pooling, a convolution "
+        "of stride 2, or nothing (default: %(default)s)")
     pools("-no_maxpool", dest="pool", action="store_const", const="stride",
         help="the course's name for -pool stride")
     add("-kernel_size", type=number(int, 1, SIZE), choices=(1, 3, 5, 7, 9, 11, SIZE), default=3,

@@ -714,7 +714,7 @@ def audit(data: Pronunciations) -> Iterator[str]:
 
 
 def overrides(args: Namespace, without: tuple[str, ...]) -> dict[str, Any]:
-    """The arguments, but for those called `without`, that differ from the defaults."""
+    """The arguments that differ from the defaults, except those called `without`."""
     return utils.overrides(args, parse_args([]), without)
 
 
@@ -1222,7 +1222,8 @@ def add_training_options(add: Callable) -> None:
         help="folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in "
         "sample); for spell: use a model trained on these words")
     add("--checkpoint_name", type=Path, metavar="FILE",
-        help="checkpoint file (default: named after the run; for spell: the best one)")
+        help="checkpoint file (default: named after the run; for spell: that of the lowest "
+        "validation CER)")
 
 
 def add_model_options(add: Callable) -> None:
@@ -1257,7 +1258,7 @@ def add_decoding_options(add: Callable) -> None:
     add("--lexicon", metavar="LIST",
         help="also test a beam of 30 re-ranked by a list of words: a language of the package "
         "wordfreq, such as en, or a file with a word on each line, optionally TAB and a count; for "
-        "spell: the model's own by default; none turns it off")
+        "spell: the list in the model's record by default; none turns it off")
     add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN,
         help="maximum length of a spelling (default: %(default)s)")
     add("--input", metavar="FILE",

@@ -168,7 +168,7 @@ def add_runtime_options(parser: Parser, dash: str, threads: str) -> None:
         help="train on the workers of this Dask scheduler, tcp://HOST:PORT, in a shared folder")
     add(f"{dash}restart", action="store_true", help="discard the checkpoint: train from scratch")
     add(f"{dash}output_dir", type=Path, default=ROOT, metavar="DIR",
-        help="folder of checkpoints/ and figures/ (default: that of the scripts)")
+        help="folder of checkpoints/ and figures/ (default: the scripts' folder)")
 # fmt: on
 
 
@@ -184,7 +184,7 @@ def parse_with_presets(
 
 
 def overrides(args: Namespace, defaults: Namespace, without: Iterable[str] = ()) -> dict[str, Any]:
-    """The arguments, but for those called `without`, that differ from the defaults."""
+    """The arguments that differ from the defaults, except those called `without`."""
     items = ((name, value) for name, value in vars(args).items() if name not in without)
     return {name: value for name, value in items if value != getattr(defaults, name)}
 
@@ -255,10 +255,15 @@ def seed_everything(seed: int, epoch: int = 0) -> None:
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
 
+def default_device() -> str:
+    """The name of the device that is used unless another is given."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def prepare_device(name: str | None = None, threads: int | None = None) -> torch.device:
-    """The device called `name` (default: cuda if available, else cpu), set to deterministic
-    algorithms; `threads` CPU threads (default: one per core). Raises UserError if it is missing."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device called `name` (default: `default_device`), set to deterministic algorithms;
+    `threads` CPU threads (default: one per core). Raises UserError if it is missing."""
+    name = name or default_device()
     with user_errors(f"device {name!r} cannot be used; try cpu"):
         x = torch.zeros(1, device=name)
         x.item()
@@ -267,9 +272,11 @@ def prepare_device(name: str | None = None, threads: int | None = None) -> torch
         raise UserError("device 'mps' lacks operations that this project needs; try cpu")
     torch.set_num_threads(threads or cpu_count())
     if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False  # or float32 convolutions have 10 bits for 23
+        torch.cuda.set_device(device)  # graphs are captured on the current one
+        torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 of float32's 23 bits of mantissa
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # Only warn: max pooling's backward pass adds atomically, but its windows do not overlap.
+        # Only warn: torch has no deterministic version of average pooling's backward pass, though
+        # windows that do not overlap need none.
         torch.use_deterministic_algorithms(True, warn_only=True)
     return device
 
@@ -913,7 +920,7 @@ def train_side_by_side(script: ModuleType, configs: list[Namespace]) -> None:
         words = to_argv(script.DASH, arguments | {"threads": args.threads or 1})
         command = sys.executable, str(Path(script.__file__).resolve()), *words
         runs[command] = run, before
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     at_once = cpu_count() // (args.threads or 1) if device.startswith("cpu") else 1
     results = run_processes(list(runs), args.jobs or max(1, at_once), args.scheduler)
     for result in tqdm(results, total=len(runs), unit="run", disable=None if runs else True):

@@ -64,7 +64,7 @@ def make_parser() -> utils.Parser:
     add("--output_dir", type=Path, default=utils.ROOT, metavar="DIR",
         help="where checkpoints/ and figures/ are (default: the repository)")
     add("--thumbnails", action="store_true",
-        help="first write figures/thumbnails.png anew: the few photographs that the figures show")
+        help="first write figures/thumbnails.png again: the few photographs that the figures show")
     add = parser.add_argument_group("training").add_argument
     add("--train", choices=GROUPS,
         help="train the runs without a record: report, the original's experiments; all, also "
@@ -196,7 +196,8 @@ def adapt(
     given = {name: value for name, value in vars(options).items() if name in args}
     if experiment.data:
         given["data_dir"] = question.script.DATA_DIR / experiment.data
-    if is_bfloat16(args) and not utils.bfloat16_is_faster():
+    on_cpu = (options.device or utils.default_device()).startswith("cpu")
+    if is_bfloat16(args) and on_cpu and not utils.bfloat16_is_faster():
         given["precision"] = "float32"
     return Namespace(**vars(args) | given)
 

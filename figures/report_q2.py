@@ -69,7 +69,7 @@ SEEN = {pixels: f"plain network, {pixels}" for pixels in ("ordered", "scrambled"
 SHAPES = {  # of the variant's blocks
     "kernels 3x3, max pooling": "", "kernels 5x5": "-kernel_size 5",
     "kernels 7x7": "-kernel_size 7", "two 3x3 per block": "-convs 2",
-    "one 48x48": "-kernel_size 48", "average pooling": "-pool avg",
+    "one 48x48 convolution": "-kernel_size 48", "average pooling": "-pool avg",
     "strided convolutions": "-pool stride", "no pooling": "-pool none",
 }  # fmt: skip
 CONSTANT = {  # at a constant rate
@@ -278,7 +278,9 @@ def shifted(record: Record) -> dict[str, float]:
     """Test accuracy, and its changes on images shifted by 1, 2, ... pixels; {} for the oldest
     records."""
     accuracies = record["analysis"].get("shifted", [])
-    changes = {f"{i} pixels": x - accuracies[0] for i, x in enumerate(accuracies) if i}
+    changes = {
+        f"{i} pixel{'s' * (i > 1)}": x - accuracies[0] for i, x in enumerate(accuracies) if i
+    }
     return {"test": accuracies[0]} | changes if accuracies else {}
 
 

@@ -171,7 +171,7 @@ def our_steps(options, count, device="cpu", graphs=False):
     optimizer = hw2_q2.make_optimizer(model, args)
     images, labels = hw2_q2.to_device(*make_images(count * BATCH_SIZE), device, args)
     if graphs:
-        hw2_q2.record_graphs(model, BATCH_SIZE)
+        hw2_q2.capture_cuda_graphs(model, BATCH_SIZE)
     data = images, labels, [BATCH_SIZE] * count
     return functools.partial(hw2_q2.train_one_epoch, model, optimizer, *data, 1, args)
 

@@ -310,7 +310,7 @@ def test_one_image_is_too_few_for_batch_norm(arrays, tmp_path, fails):
 def test_a_warning_where_bfloat16_is_slower(train, monkeypatch, capsys, precision, is_faster):
     monkeypatch.setattr(utils, "bfloat16_is_faster", lambda: is_faster)
     train(f"-epochs 1 -precision {precision}")
-    has_warning = "emulates bfloat16: float32 is faster" in capsys.readouterr().err
+    has_warning = "float32 is faster than bfloat16" in capsys.readouterr().err
     assert has_warning == (precision == "bfloat16" and not is_faster)
 
 
@@ -410,6 +410,25 @@ def test_cuda_trains_as_the_cpu_does(train, tmp_path, landscapes):
     networks = {device: hw2_q2.load_network(path, device)[0] for device in ("cpu", "cuda")}
     outputs = (hw2_q2.predict(network, images.to(d)) for d, network in networks.items())
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("line", ["", "-no_batch_norm", "-precision bfloat16"])
+def test_cuda_graphs_train_as_eager_code_does(line, landscapes):
+    """With dropout, and a last batch of another size, which is not captured."""
+    args, device, states = parse(line), utils.prepare_device("cuda", 1), []
+    images, labels = hw2_q2.to_device(*landscapes.splits["train"], device, args)
+    for is_captured in (True, False):
+        utils.seed_everything(0)
+        model = hw2_q2.build_model(args).to(device)
+        optimizer = hw2_q2.make_optimizer(model, args)
+        if is_captured:
+            hw2_q2.capture_cuda_graphs(model, 8)
+        for epoch in (1, 2):
+            sizes = [8, 8, 8, 8, 4]
+            hw2_q2.train_one_epoch(model, optimizer, images, labels, sizes, epoch, args)
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
 
 
 @needs_cuda
@@ -530,6 +549,8 @@ def test_unreadable_images_in_a_folder_are_skipped(predict, photos):
     out, err = predict(photos, "-json")
     assert out == expected
     assert re.search(r"Skipping .*cut\.png: not a readable image", err)
+    with pytest.raises(utils.UserError, match=r"cut\.png: not a readable image"):
+        predict(photos / "cut.png", photos)  # it is named, too
     for path in photos.rglob("[0-9].png"):
         path.unlink()
     with pytest.raises(utils.UserError, match="none of these images can be read"):
