@@ -493,8 +493,11 @@ def test_data_are_those_of_the_records(committed, monkeypatch, landscapes_path, 
     argv, before = [*argv, "--output_dir", committed], contents(committed)
     for data in ([], ["--data_path", landscapes_path]):
         assert "needs the data of the records" in fails(report.main, [*argv, *data])
-    report.main([*map(str, argv), "--train", "report", "--only", "nothing", "--dry_run"])
+    report.main([*map(str, argv), "--train", "report", "--only", q2.PLAIN, "--dry_run"])
     assert contents(committed) == before
+    assert "'nothing' matches no experiment" in fails(
+        report.main, ["--train", "all", "--only", "nothing"]
+    )
 
 
 def test_without_records_training_needs_real_data(tmp_path, monkeypatch, fails):
