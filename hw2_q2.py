@@ -333,7 +333,7 @@ def train(args: Namespace) -> None:
     with utils.run_lock(run):
         if args.restart:
             utils.discard_checkpoint(run)
-        elif record := is_finished(run, args):
+        elif record := finished_record(run, args):
             print(f"{run.name} is finished; -restart retrains it", summary(record, "\n"), sep="\n")
             return
         splits = {split: to_device(*part, device, args) for split, part in data.splits.items()}
@@ -371,7 +371,7 @@ def train(args: Namespace) -> None:
         print(f"Figures: {run.figures}\nCheckpoint: {run.checkpoint}")
 
 
-def is_finished(run: utils.Run, args: Namespace) -> dict[str, Any]:
+def finished_record(run: utils.Run, args: Namespace) -> dict[str, Any]:
     """The record of a run that is trained and scored, or {}."""
     return utils.finished_record(run)
 
@@ -561,11 +561,11 @@ def load_network(path: Path, device: Any = "cpu") -> tuple[Classifier, Namespace
         model = build_model(args).to(device)
         model.load_state_dict(saved["model"])
         utils.require_finite(model)
-        rank(saved)
+        validation_accuracy(saved)  # raises unless there is a history
     return model.eval(), args, saved
 
 
-def rank(saved: dict[str, Any]) -> float | None:
+def validation_accuracy(saved: dict[str, Any]) -> float | None:
     """A network's last validation accuracy; None if it is that on the built-in sample."""
     accuracy = float(saved["history"]["val_accuracy"][-1])
     return None if saved["data"]["name"] == "sample" else accuracy
@@ -575,7 +575,9 @@ def choose_network(args: Namespace) -> Path:
     """-checkpoint, or the best network trained here on photographs, or the shipped one."""
     folder = args.output_dir / "checkpoints"
     try:
-        return args.checkpoint or utils.best_checkpoint(folder, "q2-", rank, PRETRAINED)
+        return args.checkpoint or utils.best_checkpoint(
+            folder, "q2-", validation_accuracy, PRETRAINED
+        )
     except UserError as error:
         how = "on photographs (data/README.md): python hw2_q2.py -recipe best"
         raise UserError(f"{error} {how}; or name one: -checkpoint FILE")
@@ -613,7 +615,7 @@ def predict_files(args: Namespace) -> None:
     if images:
         accuracy = float(saved["history"]["val_accuracy"][-1])
         note = " without test-time augmentation" if trained.tta else ""
-        note += ", trained on the built-in SAMPLE" if rank(saved) is None else ""
+        note += ", trained on the built-in SAMPLE" if validation_accuracy(saved) is None else ""
         print(f"Network: {path} (validation accuracy {accuracy:.4f}{note})", file=sys.stderr)
         inputs = PIXELS[trained.pixels](torch.stack([*images.values()])).to(device)
         print_answers(list(images), predict(model, inputs, trained.tta).exp(), args.json)

@@ -326,20 +326,20 @@ class Vocabulary:
 
 
 class EncodedPairs(NamedTuple):
-    """Pairs (phonemes, spelling) as int64 tensors, padded with PAD."""
+    """Pairs (source, target), such as phonemes and a spelling, as int64 tensors padded with PAD."""
 
-    sources: Tensor  # (N, S), phonemes
+    sources: Tensor  # (N, S)
     lengths: Tensor  # (N,), of the sources, on the CPU
     targets: Tensor  # (N, T), START, characters, END
     target_lengths: Tensor  # (N,), on the CPU
-    spellings: list[str]
+    spellings: list[str]  # the targets as texts
 
 
 def encode_pairs(
     pairs: list[tuple], source: Vocabulary, target: Vocabulary, device: torch.device | str = "cpu"
 ) -> EncodedPairs:
-    """Encode pairs (phonemes, spelling) by the vocabularies of the two sides."""
-    sources = [torch.tensor(source.encode(phonemes)) for phonemes, _ in pairs]
+    """Encode pairs (source symbols, target text) by the vocabularies of the two sides."""
+    sources = [torch.tensor(source.encode(symbols)) for symbols, _ in pairs]
     targets = [torch.tensor([START, *target.encode(target.split(word)), END]) for _, word in pairs]
     return EncodedPairs(
         pad_sequence(sources, batch_first=True, padding_value=PAD).to(device),
@@ -822,7 +822,7 @@ def members(args: Namespace) -> list[Namespace]:
     return utils.expand(Namespace(**vars(args) | {"ensemble": False}), "lr", "seed")
 
 
-def is_finished(run: Run, args: Namespace) -> dict[str, Any]:
+def finished_record(run: Run, args: Namespace) -> dict[str, Any]:
     """The record of a run that is trained and scored as the arguments ask, or {}."""
     record = utils.finished_record(run)
     final = record.get("final", {})

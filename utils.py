@@ -545,8 +545,9 @@ History = dict[str, list[float]]  # {column: one value per epoch}
 
 @dataclass(frozen=True)
 class Run:
-    """One training run and its files. Its identity, of which its name has a hash, is all that can
-    change its result but for device and threads."""
+    """One training run and its files. Two commands describe the same run if they have the same
+    arguments, data and training version. The run's name ends with a hash of these three. The device
+    and the number of threads are not part of them, though they change the last bits."""
 
     title: str  # the readable part of its name, such as 'q2-bn-gap-lr0.01-seed42-sample'
     command: str  # such as 'python hw2_q2.py -learning_rate 0.1'
@@ -698,8 +699,8 @@ def _from_proc(file: str, name: str) -> str | None:
 
 
 def store_record(run: Run, record: dict[str, Any]) -> str:
-    """Write a run's record. One of the same training is completed: it keeps the report's analysis
-    and the scores of other decoding. Returns a line that says so."""
+    """Write a run's record. If the old one has the same training history, its analysis and its
+    scores of other decoding are kept. Returns a line that says which file was written."""
     old, note = load_record(run.record), ""
     final, old_final = record.get("final", {}), old.get("final", {})
     is_same = bool(old) and old["history"] == record["history"]
@@ -758,7 +759,7 @@ def require_finite(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def checkpoint_errors(text: str) -> Iterator[None]:
-    """`user_errors` for what is done with a checkpoint's content, its command included."""
+    """`user_errors` for code that uses a checkpoint's content; it may parse its command."""
     with user_errors(text):
         try:
             yield
@@ -900,10 +901,11 @@ def run_lock(run: Run) -> Iterator[None]:
 
 
 def train_side_by_side(script: ModuleType, configs: list[Namespace]) -> None:
-    """Train the runs that several sets of arguments of a question's script describe, each in a
-    process of its own. Finished runs are skipped, so the same command again trains what is left;
-    `restart` retrains them. A run that fails does not stop the others; at the end UserError says
-    how many failed.
+    """Train the runs that several sets of arguments describe, each in a process of its own.
+    Finished runs are skipped, so the same command again trains what is left; `restart` retrains
+    them. A run that fails does not stop the others; at the end UserError says how many failed.
+
+    script: a question's, with DASH, load_data, make_run, finished_record, overrides and summary
     """
     args, data = configs[0], script.load_data(configs[0])
     runs, failures = {}, 0  # runs: {command: (run, its record before)}
@@ -911,7 +913,7 @@ def train_side_by_side(script: ModuleType, configs: list[Namespace]) -> None:
         run, before, record = script.make_run(config, data), {}, {}
         with contextlib.suppress(UserError):  # damaged files: the run's own process says so
             before = load_record(run.record)
-            record = {} if args.restart else script.is_finished(run, config)
+            record = {} if args.restart else script.finished_record(run, config)
         if record:
             note = f"(finished; {script.DASH}restart retrains it)"
             print(f"{run.name}: {script.summary(record)} {note}")
