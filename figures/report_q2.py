@@ -76,11 +76,13 @@ CONSTANT = {  # at a constant rate
     f"{label}, constant rate": SHAPES[label]
     for label in ("kernels 3x3, max pooling", "kernels 7x7", "two 3x3 per block")
 }
-SHORT_RATES = {rate: f"plain, rate {rate}, 5 epochs" for rate in (3e-4, 0.003, 0.03, 0.3, 1.0)}
+SWEEP_EPOCHS = 5
+SHORT_RATES = {
+    rate: f"plain, rate {rate}, {SWEEP_EPOCHS} epochs" for rate in (3e-4, 0.003, 0.03, 0.3, 1.0)
+}
 SWEEP = {  # of learning rates: the first epochs of long runs are those of short ones
     **SHORT_RATES, 0.001: "plain, rate 0.001", 0.01: PLAIN, 0.1: "plain, rate 0.1",
 }  # fmt: skip
-SWEEP_EPOCHS = 5
 BUDGETS = {
     (model, epochs): f"best recipe, {model}, {epochs} epochs"
     for model in ("cnn", "resnet")
@@ -116,7 +118,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         for pixels in script.PIXELS
     }
     | {
-        label: f"-no_batch_norm -precision bfloat16 -epochs 5 -learning_rate {rate}"
+        label: f"-no_batch_norm -precision bfloat16 -epochs {SWEEP_EPOCHS} -learning_rate {rate}"
         for rate, label in SHORT_RATES.items()
     }
     | {label: f"-precision bfloat16 -epochs 20 {arguments}" for label, arguments in SWINGS.items()}
@@ -186,8 +188,6 @@ LINE_STYLES = {  # the same in every figure
         ("batch norm + pooling, scrambled", utils.VERMILION, "--"),
         ("batch norm, flattened", utils.GREEN, "-."),
         ("pooling without batch norm", utils.PURPLE, ":"),
-        ("kernels 3x3, max pooling", utils.VERMILION, "-"), ("no pooling", "0.4", ":"),
-        ("average pooling", utils.ORANGE, "--"), ("strided convolutions", utils.SKY, "-."),
         (BEST_20, utils.SKY, "-"), (UNSMOOTHED, utils.ORANGE, "--"), (BEST, utils.BLUE, "-"),
         (NOT_ERASED, utils.PURPLE, "-"), (RESNET_20, utils.ORANGE, "-"),
         (BEST_RESNET, utils.GREEN, "-"),
