@@ -303,15 +303,16 @@ def capture_cuda_graphs(model: nn.Module, batch_size: int) -> None:
     forward or the backward pass at once: a GPU computes a small batch faster than a CPU starts its
     kernels one by one. Other batches, and evaluation, run as before.
 
-    The weights stay where the graphs expect them, so they may be changed in place only. Each
-    backward pass overwrites the gradients of the one before. A deep copy would train the original.
+    The weights may only be changed in place. Each forward pass overwrites the output of the one
+    before, each backward pass the gradients. A deep copy would still call this model's graphs.
     """
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # that of the capture
+    # Gradients are captured on a side stream, which is harmless.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
     state, eager = copy.deepcopy(model.state_dict()), model.forward
     x = to_float(torch.zeros(batch_size, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda"))
     graphed = torch.cuda.make_graphed_callables(model.train(), (x,)).forward
     model.forward = lambda x: graphed(x) if len(x) == batch_size else eager(x)
-    model.load_state_dict(state)  # the capture has changed batch norm's statistics
+    model.load_state_dict(state)  # warming up has changed batch norm's statistics
 
 
 def batch_sizes(count: int, batch_size: int, last_batch: str = "keep") -> list[int]:
@@ -348,7 +349,7 @@ def train(args: Namespace) -> None:
         if not saved["seconds"]:
             utils.note_shorter_run(run)
         if device.type == "cuda":
-            capture_cuda_graphs(model, sizes[0])  # of the resumed weights
+            capture_cuda_graphs(model, sizes[0])  # it keeps the resumed weights
         history, seconds = saved["history"], saved["seconds"]
         with utils.recording_divergence(run, model, history, seconds):
             for epoch in range(len(seconds) + 1, args.epochs + 1):

@@ -860,14 +860,14 @@ def draw_budgets(records: Records) -> Figure | None:
 
 
 def draw_running_mean(records: list[Record]) -> Figure | None:
-    """Each epoch's training loss, and the mean since the first epoch, which the original plots."""
+    """Each epoch's training loss, and the mean since the first epoch, probably the original's."""
     losses = common.curves(records, "train_loss")
     if not losses:
         return None
     fig, axes = utils.new_figure()
     running = [(np.cumsum(run) / np.arange(1, len(run) + 1)).tolist() for run in losses]
     style = {"color": utils.VERMILION, "linestyle": "--"}
-    common.plot_bands(axes, running, "mean since the first epoch (original)", **style)
+    common.plot_bands(axes, running, "mean since the first epoch", **style)
     common.plot_bands(axes, losses, "mean of each epoch", color=utils.BLUE)
     axes.set(xlabel="Epoch", ylabel="Training loss (nats)", ylim=(0, None))
     axes.legend()

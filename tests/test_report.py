@@ -103,7 +103,8 @@ def test_documents_give_the_records_means():
         README: [
             f"test accuracy of **{mean(accuracy(q2.VARIANT))}** (3 seeds)",
             f"scrambled pixels give {mean(accuracy(q2.SCRAMBLED[-1]))}.",
-            f"accuracy of **{mean(accuracy(q2.BEST))}** (5 seeds)",
+            f"accuracy of **{mean(accuracy(q2.BEST))}** (5 seeds), "
+            f"{q2.cell(q2.NO_TTA, FOUND['q2'][q2.BEST]).split()[0]} without",
             f"from {cer[q3.PLAIN]} to **{cer[q3.ATTENTION]}** (3 seeds)",
             f"from {beam.lstrip('0')} to **{listed}** (one run)",
         ],
