@@ -4,6 +4,7 @@ experiments | thumbnails | measures of a record | tables | figures
 """
 
 import functools
+import itertools
 import math
 import shlex
 import statistics
@@ -58,10 +59,13 @@ LEFT_OUT = {  # of the best recipe
     "without crops": "-augment flip erase",
     "without erasing": "-augment flip crop",
 }
-MERGED_20 = "last batch merged, 20 epochs"
-SWINGS = {  # of validation accuracy: the variant, 20 epochs
-    MERGED_20: "",
-    "last batch kept, 20 epochs": "-last_batch keep",
+SWINGS = {  # of validation accuracy
+    "last batch merged, 10 epochs": SHORT, "last batch kept, 10 epochs": f"{SHORT} -last_batch keep",
+}  # fmt: skip
+WAYS = {  # to score an epoch: name, colour, line
+    "as they are": ("the weights as they are", utils.VERMILION, "-"),
+    "statistics": ("batch norm's statistics recomputed", utils.ORANGE, "--"),
+    "average": ("averaged weights", utils.BLUE, "-"),
 }
 LOCALITY = {"plain network": "", "fully connected": "-kernel_size 48"}  # first layer; 10 epochs
 LOCALITIES = tuple(f"{name}, {pixels}" for name in LOCALITY for pixels in script.PIXELS)
@@ -72,10 +76,6 @@ SHAPES = {  # of the variant's blocks
     "one 48x48 convolution": "-kernel_size 48", "average pooling": "-pool avg",
     "strided convolutions": "-pool stride", "no pooling": "-pool none",
 }  # fmt: skip
-CONSTANT = {  # at a constant rate
-    f"{label}, constant rate": SHAPES[label]
-    for label in ("kernels 3x3, max pooling", "kernels 7x7", "two 3x3 per block")
-}
 SWEEP_EPOCHS = 5
 SHORT_RATES = {
     rate: f"plain, rate {rate}, {SWEEP_EPOCHS} epochs" for rate in (3e-4, 0.003, 0.03, 0.3, 1.0)
@@ -110,7 +110,6 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         "pooling without batch norm": "-no_batch_norm -head gap",
         "plain, dropout 0.3": "-no_batch_norm -dropout 0.3",
         "plain, weight decay 0.0005": "-no_batch_norm -l2_decay 0.0005",
-        **{label: f"{SHORT} {arguments}" for label, arguments in CONSTANT.items()},
     },
     ("all", 3): {
         f"{name}, {pixels}": f"{SHORT_CYCLE} -no_batch_norm {more} -pixels {pixels}"
@@ -121,7 +120,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         label: f"-no_batch_norm -precision bfloat16 -epochs {SWEEP_EPOCHS} -learning_rate {rate}"
         for rate, label in SHORT_RATES.items()
     }
-    | {label: f"-precision bfloat16 -epochs 20 {arguments}" for label, arguments in SWINGS.items()}
+    | SWINGS
     | {KEPT: "-last_batch keep"},
     ("all", 5): {label: f"{SHORT_CYCLE} {arguments}" for label, arguments in SHAPES.items()},
     ("beyond", 5): {BEST: RECIPE_BEST, NOT_ERASED: f"{RECIPE_BEST} -augment flip crop"},
@@ -289,6 +288,11 @@ def resized(record: Record) -> dict[str, float]:
     return {f"{size} pixels": value for size, value in record["analysis"]["sizes"].items()}
 
 
+def every_epoch(records: list[Record]) -> list[dict[str, list[float]]]:
+    """Each run's validation accuracies of all epochs, {way: accuracies} for all WAYS."""
+    return [run["analysis"]["epochs"] for run in records if "epochs" in run["analysis"]]
+
+
 def calibration_error(record: Record) -> float:
     """The expected calibration error: the mean distance of probability and accuracy over the test
     images (Guo et al. 2017, section 2)."""
@@ -452,6 +456,24 @@ def shapes_table(records: Records) -> str | None:
             rows.append([label, *cells, len(runs)])
     head = [name for column in columns for name in (column, "change")]
     return markdown_table(["network", *head, "runs"], rows)
+
+
+def swings_table(records: Records) -> str | None:
+    """Validation accuracy in the second half of SWINGS' epochs, scored in all WAYS: its mean, its
+    lowest value, and its mean change from one epoch to the next."""
+    rows = []
+    for label in SWINGS:
+        runs = every_epoch(records[label])
+        for key, (name, *_) in WAYS.items():
+            late = [run[key][len(run[key]) // 2 :] for run in runs]
+            changes = [
+                statistics.mean(abs(b - a) for a, b in itertools.pairwise(run)) for run in late
+            ]
+            values = list(map(statistics.mean, late)), list(map(min, late)), changes
+            if runs:
+                rows.append([label.partition(",")[0], name, *map(mean_sd, values), len(runs)])
+    head = ["network", "scored with", "mean", "lowest", "change between epochs", "runs"]
+    return markdown_table(head, rows, text=2)
 
 
 def gains_table(records: Records, base: str, labels: Iterable[str]) -> str | None:
@@ -704,22 +726,13 @@ def draw_sweep(records: Records) -> Figure | None:
 
 
 def draw_swings(records: Records) -> Figure | None:
-    """Validation accuracy over epochs, scored three ways, a panel for each of SWINGS."""
-    names = {
-        "as they are": ("weights as they are", utils.VERMILION, "-"),
-        "statistics": ("batch norm's statistics recomputed", utils.ORANGE, "--"),
-        "average": ("averaged weights", utils.BLUE, "-"),
-    }
-    measured = {
-        label: runs
-        for label in SWINGS
-        if (runs := [r["analysis"]["epochs"] for r in records[label] if "epochs" in r["analysis"]])
-    }
+    """Validation accuracy over epochs, scored in all WAYS, a panel for each of SWINGS."""
+    measured = {label: runs for label in SWINGS if (runs := every_epoch(records[label]))}
     if not measured:
         return None
     fig, panels = utils.new_figure(5.6, 2.9, 1, len(measured), sharey=True, squeeze=False)
     for axes, (label, runs) in zip(panels.flat, measured.items()):
-        for key, (name, color, line) in names.items():
+        for key, (name, color, line) in WAYS.items():
             values = [run[key] for run in runs]
             common.plot_bands(axes, values, name, color=color, linestyle=line)
         axes.set_title(common.with_seeds(label.partition(",")[0], runs))

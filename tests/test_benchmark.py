@@ -49,4 +49,5 @@ def test_the_document_has_what_was_measured():
     seconds = runs["seconds"]["CUDA graphs, 40 epochs"]
     assert benchmark.gpu_sentence(gpu) in text
     assert f"each took {min(seconds):.0f} to {max(seconds):.0f} s" in text
+    assert f"decoding, took {runs['question 3']['seconds']:.0f} s" in text
     assert gpu["machine"]["device"].startswith("NVIDIA H100")
