@@ -222,24 +222,25 @@ def plot_forest(axes: Axes, rows: list[tuple], original_label: str = "original")
 
     for y, (_, original, points) in enumerate(rows):
         for i, (mean, bounds, color, label) in enumerate(points):
-            height = y + 0.26 * (i - (len(points) - 1) / 2)
+            height = y + 0.5 * (i - (len(points) - 1) / 2)
             if bounds:
                 axes.plot(
-                    bounds, [height] * 2, color=color, alpha=0.45, lw=2.4, solid_capstyle="butt"
+                    bounds, [height] * 2, color=color, alpha=0.45, lw=2, solid_capstyle="butt"
                 )
-            axes.plot(mean, height, "o", color=color, markersize=4, label=once(label))
+            axes.plot(mean, height, "o", color=color, markersize=3.5, label=once(label))
         if original is not None:
-            axes.plot(original, y, "D", color="black", markersize=4, label=once(original_label))
+            axes.plot(original, y, "D", color="black", markersize=3.5, label=once(original_label))
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     if rows:
         axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
 
 
-def plot_dots(axes: Axes, groups: dict[str, Sequence[float]]) -> None:
+def plot_dots(axes: Axes, groups: dict[str, Sequence[float]], colors: Sequence[str] = ()) -> None:
     """For each {label: a value per run}, downwards, a dot per run and a bar at the mean."""
     for y, values in enumerate(groups.values()):
-        axes.plot(values, [y] * len(values), "o", color=utils.BLUE, markersize=5, alpha=0.6)
+        color = colors[y] if colors else utils.BLUE
+        axes.plot(values, [y] * len(values), "o", color=color, markersize=5, alpha=0.6)
         axes.plot(statistics.mean(values), y, "|", color="black", markersize=12)
     names = [with_seeds(x, v) if len(v) > 1 else x for x, v in groups.items()]
     axes.set_yticks(range(len(groups)), names)

@@ -285,7 +285,7 @@ def write_report(folder: Path, figure_format: str) -> None:
         return NOT_TRAINED if value is None else value
 
     records = load_records(folder / "runs")
-    fields = {"figure": figure, "machines": common.machines, **QUESTIONS}
+    fields = {"figure": figure, "common": common, "machines": common.machines, **QUESTIONS}
     fields["records"] = {
         "q2": find_records(report_q2, records),
         "q3": {label: scored(runs) for label, runs in find_records(report_q3, records).items()},
@@ -319,7 +319,9 @@ def draw_original(records: dict[str, Records], thumbnails: Tensor) -> Figure:
     for axes, part, xlabel in zip(fig.axes, rows.values(), ("Accuracy", "Test error rate")):
         common.plot_forest(axes, part)
         axes.set(xlabel=xlabel)
-    fig.axes[0].legend(loc="lower left")
+    for axes in fig.axes[:2]:
+        if axes.lines:
+            axes.legend(loc="lower left")
     return fig
 
 

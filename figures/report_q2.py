@@ -8,7 +8,7 @@ import itertools
 import math
 import shlex
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +60,9 @@ LEFT_OUT = {  # of the best recipe
     "without erasing": "-augment flip crop",
 }
 SWINGS = {  # of validation accuracy
-    "last batch merged, 10 epochs": SHORT, "last batch kept, 10 epochs": f"{SHORT} -last_batch keep",
-}  # fmt: skip
+    "last batch merged, 10 epochs": SHORT,
+    "last batch kept, 10 epochs": f"{SHORT} -last_batch keep",
+}
 WAYS = {  # to score an epoch: name, colour, line
     "as they are": ("the weights as they are", utils.VERMILION, "-"),
     "statistics": ("batch norm's statistics recomputed", utils.ORANGE, "--"),
@@ -74,7 +75,8 @@ SHAPES = {  # of the variant's blocks
     "kernels 3x3, max pooling": "", "kernels 5x5": "-kernel_size 5",
     "kernels 7x7": "-kernel_size 7", "two 3x3 per block": "-convs 2",
     "one 48x48 convolution": "-kernel_size 48", "average pooling": "-pool avg",
-    "strided convolutions": "-pool stride", "no pooling": "-pool none",
+    "strided convolutions": "-pool stride",
+    "no pooling between blocks": "-pool none",
 }  # fmt: skip
 SWEEP_EPOCHS = 5
 SHORT_RATES = {
@@ -107,7 +109,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
     },
     ("all", 2): {
         "batch norm, flattened": "-head flatten",
-        "pooling without batch norm": "-no_batch_norm -head gap",
+        "global pooling, no batch norm": "-no_batch_norm -head gap",
         "plain, dropout 0.3": "-no_batch_norm -dropout 0.3",
         "plain, weight decay 0.0005": "-no_batch_norm -l2_decay 0.0005",
     },
@@ -164,7 +166,7 @@ ORIGINAL_VALIDATION_IMAGES = 1404
 # Not KEPT, whose last batch of three images makes it swing more, nor rate 0.1, scrambled or not.
 FORTY = (
     PLAIN, "plain, rate 0.001", VARIANT, "plain, scrambled", "plain, rate 0.001, scrambled",
-    "batch norm + pooling, scrambled", "batch norm, flattened", "pooling without batch norm",
+    "batch norm + pooling, scrambled", "batch norm, flattened", "global pooling, no batch norm",
     "plain, dropout 0.3", "plain, weight decay 0.0005",
 )  # fmt: skip
 RATES = "plain, rate 0.1", PLAIN, "plain, rate 0.001"
@@ -173,10 +175,13 @@ SCRAMBLED = (
     "batch norm + pooling, scrambled",
 )  # fmt: skip
 SCRAMBLED_CURVES = PLAIN, "plain, scrambled", VARIANT, "batch norm + pooling, scrambled"
-CHANGES = PLAIN, "batch norm, flattened", "pooling without batch norm", VARIANT
+CHANGES = PLAIN, "batch norm, flattened", "global pooling, no batch norm", VARIANT
 REGULARISED = PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", *CHANGES[1:]
-POOLS = "kernels 3x3, max pooling", "average pooling", "strided convolutions", "no pooling"
-SHIFTED = PLAIN, "pooling without batch norm", VARIANT
+POOLS = (
+    "kernels 3x3, max pooling", "average pooling", "strided convolutions",
+    "no pooling between blocks",
+)  # fmt: skip
+SHIFTED = PLAIN, "global pooling, no batch norm", VARIANT
 MAIN_RESULTS = VARIANT, BEST_20, NOT_ERASED, BEST, RESNET_20, BEST_RESNET
 LINE_STYLES = {  # the same in every figure
     label: {"color": color, "linestyle": line}
@@ -186,7 +191,7 @@ LINE_STYLES = {  # the same in every figure
         (VARIANT, utils.VERMILION, "-"), (KEPT, "0.4", "--"),
         ("batch norm + pooling, scrambled", utils.VERMILION, "--"),
         ("batch norm, flattened", utils.GREEN, "-."),
-        ("pooling without batch norm", utils.PURPLE, ":"),
+        ("global pooling, no batch norm", utils.PURPLE, ":"),
         (BEST_20, utils.SKY, "-"), (UNSMOOTHED, utils.ORANGE, "--"), (BEST, utils.BLUE, "-"),
         (NOT_ERASED, utils.PURPLE, "-"), (RESNET_20, utils.ORANGE, "-"),
         (BEST_RESNET, utils.GREEN, "-"),
@@ -283,6 +288,11 @@ def shifted(record: Record) -> dict[str, float]:
     return {"test": accuracies[0]} | changes if accuracies else {}
 
 
+def change_when_shifted(record: Record) -> float:
+    """The change of test accuracy on images shifted by 4 pixels."""
+    return shifted(record).get("4 pixels", math.nan)
+
+
 def resized(record: Record) -> dict[str, float]:
     """Test accuracies of networks with global average pooling on images of other sizes."""
     return {f"{size} pixels": value for size, value in record["analysis"]["sizes"].items()}
@@ -363,6 +373,7 @@ MEASURES = {  # columns of means and standard deviations
     "validation": functools.partial(accuracy, split="val"),
     "test": functools.partial(accuracy, split="test"),
     "training - validation": accuracy_gap,
+    "shifted by 4 pixels": change_when_shifted,
     NO_TTA: accuracy_without_tta,
     LATE: late_epoch_accuracy,
 }
@@ -433,29 +444,53 @@ def accuracy_table(records: Records, labels: Iterable[str]) -> str | None:
     return markdown_table((*head, "original inside? validation / test"), rows)
 
 
-def shape_spread(records: Records, column: str) -> common.Spread:
-    """How much a column of MEASURES varies between runs of one network, pooled over SHAPES."""
-    return common.pooled_spread(values_of(column, records[label]) for label in SHAPES)
+def spread(records: Records, labels: Iterable[str], column: str) -> common.Spread:
+    """How much a column of MEASURES varies between runs of one experiment, pooled over `labels`."""
+    return common.pooled_spread(values_of(column, records[label]) for label in labels)
 
 
-def compare_shapes(records: Records, label: str, base: str, column: str) -> str:
-    """The difference of a column of MEASURES between two of SHAPES."""
+def compare_means(
+    records: Records, labels: Iterable[str], label: str, base: str, column: str
+) -> str:
+    """The difference of the means of a column of MEASURES between two experiments, with the
+    variance pooled over `labels`."""
     values, baseline = (values_of(column, records[x]) for x in (label, base))
-    return common.unpaired_difference(values, baseline, shape_spread(records, column))
+    return common.unpaired_difference(values, baseline, spread(records, labels, column))
 
 
 def shapes_table(records: Records) -> str | None:
     """Accuracies of SHAPES, and their differences from the first."""
-    base, rows, columns = next(iter(SHAPES)), [], ("validation", "test", "training - validation")
+    base, rows, columns = next(iter(SHAPES)), [], ("validation", "test", "training")
     for label in SHAPES:
         if runs := scored(records[label]):
             cells = []
             for column in columns:
-                change = "" if label == base else compare_shapes(records, label, base, column)
-                cells += [cell(column, runs), change]
+                change = compare_means(records, SHAPES, label, base, column)
+                cells += [cell(column, runs), "" if label == base else change]
             rows.append([label, *cells, len(runs)])
     head = [name for column in columns for name in (column, "change")]
     return markdown_table(["network", *head, "runs"], rows)
+
+
+def precision_effect(records: Records, column: str) -> str | None:
+    """How much a column of MEASURES is higher for SHAPES' runs in bfloat16 than for their runs in
+    float32 on a CPU: the mean over the networks that have both, weighted by their runs."""
+    groups, differences = [], []
+    for label in SHAPES:
+        runs = [run for run in records[label] if run["measured"]["device"] == "cpu"]
+        parts = [
+            values_of(column, [run for run in runs if ("precision" in run["arguments"]) == reduced])
+            for reduced in (True, False)
+        ]
+        if all(parts):
+            groups += parts
+            weight = 1 / sum(1 / len(part) for part in parts)
+            differences.append((weight, statistics.mean(parts[0]) - statistics.mean(parts[1])))
+    if not differences:
+        return None
+    total = sum(weight for weight, _ in differences)
+    mean = sum(weight * difference for weight, difference in differences) / total
+    return common.with_interval(mean, common.pooled_spread(groups), 1 / total)
 
 
 def swings_table(records: Records) -> str | None:
@@ -554,14 +589,19 @@ def filter_changes(records: Records, pixels: str) -> list[np.ndarray]:
 
 def filter_table(records: Records) -> str | None:
     """Correlations of the changes of the first layer's weights: of neighbours in a row or a column,
-    and of two channels at the same position."""
+    and of two channels at the same position. Each kernel counts the same, however much it changed.
+    """
 
     def correlation(a, b):
         return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
     rows = []
     for pixels in SEEN:
-        if changes := filter_changes(records, pixels):
+        changes = [
+            x / np.sqrt((x**2).sum((1, 2, 3), keepdims=True)).clip(1e-12)
+            for x in filter_changes(records, pixels)
+        ]
+        if changes:
             across = [correlation(x[..., :-1], x[..., 1:]) for x in changes]
             down = [correlation(x[:, :, :-1], x[:, :, 1:]) for x in changes]
             channels = [correlation(x, np.roll(x, 1, axis=1)) for x in changes]
@@ -689,12 +729,12 @@ def draw_confident_errors(records: Records, thumbnails: Tensor) -> Figure | None
     errors = shipped_errors(records)
     if len(thumbnails) != len(errors) + len(utils.CLASSES) + 1 or not errors:
         return None
-    fig, grid = utils.new_figure(5.6, 4.6, 4, 6)
+    fig, grid = utils.new_figure(5.6, 5.2, 4, 6)
     for axes, image, (_, true, guess, probability) in zip(grid.flat, thumbnails, errors):
         axes.imshow(image.numpy(), interpolation="nearest")
         axes.axis("off")
         names = utils.CLASSES[true], utils.CLASSES[guess]
-        axes.set_title(f"{names[0]}\n{names[1]}, {probability:.2f}", fontsize=7)
+        axes.set_title(f"{names[0]}\n{names[1]}\n{probability:.2f}", fontsize=9)
     return fig
 
 
@@ -742,22 +782,40 @@ def draw_swings(records: Records) -> Figure | None:
     return fig
 
 
-def draw_dots(records: Records, labels: Iterable[str]) -> Figure | None:
+def draw_dots(records: Records, labels: Iterable[str], colors: Sequence[str] = ()) -> Figure | None:
     """Test accuracies, a dot per run."""
     groups = {label: values for label in labels if (values := values_of("test", records[label]))}
     if not groups:
         return None
     fig, axes = utils.new_figure(5.6, 0.6 + 0.3 * len(groups))
-    common.plot_dots(axes, groups)
+    common.plot_dots(axes, groups, colors)
     axes.set(xlabel="Test accuracy")
     return fig
 
 
 def draw_locality(records: Records) -> Figure | None:
     """Test accuracies, a dot per run, of both networks on pixels in three orders."""
-    fig = draw_dots(records, LOCALITIES)
+    colors = utils.BLUE, utils.VERMILION, utils.PURPLE  # ordered, scrambled, shuffled
+    fig = draw_dots(records, LOCALITIES, colors * len(LOCALITY))
     if fig:  # the number of seeds is the same for all
         fig.axes[0].set_yticklabels([label for label in LOCALITIES if scored(records[label])])
+    return fig
+
+
+def draw_shapes(records: Records) -> Figure | None:
+    """Validation accuracies of SHAPES, a dot per run, the most accurate network first."""
+    groups = {
+        f"{label} ({cell(PRODUCTS, runs)})": values_of("validation", runs)
+        for label in SHAPES
+        if (runs := scored(records[label]))
+    }
+    if not groups:
+        return None
+    fig, axes = utils.new_figure(5.6, 3.0)
+    best_first = sorted(groups, key=lambda name: -statistics.mean(groups[name]))
+    common.plot_dots(axes, {name: groups[name] for name in best_first})
+    axes.set_yticklabels(best_first)  # the number of seeds is the same for all
+    axes.set(xlabel="Validation accuracy")
     return fig
 
 
@@ -770,7 +828,7 @@ def draw_filters(records: Records) -> Figure | None:
     fig, panels = utils.new_figure(5.6, 2.0, 2, 1)
     for axes, (pixels, changes) in zip(panels, rows.items()):
         kernels = torch.from_numpy(changes[0]).movedim(1, 3)  # (32, 3, 3, 3): channels last
-        kernels = 0.5 + 0.5 * kernels / kernels.abs().amax((1, 2, 3), True).clamp(min=1e-12)
+        kernels = (0.5 + 0.5 * kernels / kernels.abs().quantile(0.99)).clamp(0, 1)
         tiles = F.pad(kernels, (0, 0, 0, 1, 0, 1), value=1.0)  # (32, 4, 4, 3): a white border
         sheet = tiles.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
         axes.imshow(sheet.numpy(), interpolation="nearest")
@@ -793,11 +851,11 @@ def draw_grad_cam(records: Records, thumbnails: Tensor) -> Figure | None:
         for i, (image, guess, heat) in enumerate(zip(images, cam["predicted"], cam["maps"])):
             rows[0, i].imshow(reorder(image, pixels).numpy(), interpolation="nearest")
             rows[1, i].imshow(heat, cmap="inferno", vmin=0, vmax=1)
-            rows[0, i].set_title(utils.CLASSES[i], fontsize=7)
+            rows[0, i].set_title(utils.CLASSES[i], fontsize=9)
             color = "black" if guess == i else utils.VERMILION
-            rows[1, i].set_title(utils.CLASSES[guess], fontsize=7, color=color)
-        rows[0, 0].set_ylabel(f"{pixels} pixels", fontsize=8)
-        rows[1, 0].set_ylabel("predicted from", fontsize=8)
+            rows[1, i].set_title(utils.CLASSES[guess], fontsize=9, color=color)
+        rows[0, 0].set_ylabel(pixels)
+        rows[1, 0].set_ylabel("Grad-CAM")
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
@@ -855,16 +913,19 @@ def draw_budgets(records: Records) -> Figure | None:
     for (recipe, row), color in zip(points.items(), colors):
         for epochs, (minutes, values) in row.items():
             axes.plot([minutes] * len(values), values, "o", color=color, markersize=3, alpha=0.5)
-            if recipe == BEST:
-                where = {"xytext": (3, 6), "textcoords": "offset points", "ha": "right"}
-                axes.annotate(str(epochs), (minutes, max(values)), color=color, fontsize=8, **where)
+            where, at = {"xytext": (3, 5), "ha": "right"}, max(values)
+            if recipe == BEST_RESNET:
+                where, at = {"xytext": (3, -5), "ha": "left", "va": "top"}, min(values)
+            where |= {"textcoords": "offset points", "color": color, "fontsize": 7}
+            axes.annotate(str(epochs), (minutes, at), **where)
         means = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
         marker = "o" if len(means) == 1 else None
         axes.plot(*zip(*means), color=color, marker=marker, label=recipe)
-    for accuracy_reached, name in zip(TARGETS, ("original, .746", ".85", ".89")):
+    for accuracy_reached, name in zip(TARGETS, ("the original's .746", ".85", ".89")):
         axes.axhline(accuracy_reached, color="0.6", linestyle=":", linewidth=0.8)
-        where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        axes.annotate(name, (1, accuracy_reached), color="0.4", fontsize=8, **where)
+        x, side = (1, "right") if accuracy_reached < 0.8 else (0, "left")  # where no curve is
+        where = {"xycoords": ("axes fraction", "data"), "ha": side, "va": "bottom"}
+        axes.annotate(name, (x, accuracy_reached), color="0.4", fontsize=8, **where)
     axes.set(xscale="log", xlabel="Minutes of one thread", ylabel="Test accuracy")
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
     axes.minorticks_off()

@@ -58,6 +58,8 @@ def words_label(words: int) -> str:
     return f"attention, {words:,} words"
 
 
+SIZES = [words_label(words) for words in WORDS]
+
 EXPERIMENTS = (
     Experiment(PLAIN, DECODING),
     Experiment(ATTENTION, f"{step_arguments(0)} --lexicon en", extra=LISTED),
@@ -182,6 +184,16 @@ def compare_decodings(runs: list[Record], decoding: str, base: str, measure: str
     return common.describe_difference(values, baseline)
 
 
+def compare_means(
+    records: Records, labels: Sequence[str], label: str, base: str, decoding: str, measure: str
+) -> str:
+    """The difference of the means of an error rate between two experiments, with the variance
+    between seeds pooled over `labels`."""
+    errors = {x: [error(run, decoding, measure) for run in records[x]] for x in labels}
+    spread = common.pooled_spread(errors.values())
+    return common.unpaired_difference(errors[label], errors[base], spread)
+
+
 def mean_error(runs: list[Record], decoding: str, measure: str) -> str:
     """The mean and standard deviation of an error rate over runs."""
     return mean_sd([error(run, decoding, measure) for run in runs])
@@ -249,7 +261,7 @@ def ambiguity_table(runs: list[Record]) -> str | None:
         shares = found["several"], error(run, "beam", "wer"), found["wer_any"], found["wer_best"]
         rows.append([f"{share:.3f}" for share in shares])
     head = "test pronunciations with several spellings", "WER", "WER if any of them counts"
-    return markdown_table((*head, "lowest expected WER of any model"), rows, text=0)
+    return markdown_table((*head, "lowest expected WER, given these spellings"), rows, text=0)
 
 
 def example_table(runs: list[Record]) -> str | None:
@@ -303,37 +315,44 @@ def edit_table(runs: list[Record], rows_shown: int = 12) -> str | None:
     return markdown_table(["correct", "written", "count"], rows, text=2)
 
 
+def sampling_errors(
+    runs: list[Record], version: str, measure: str
+) -> dict[tuple[float, float], dict[int, float]]:
+    """{(temperature, p): {seed: error rate}} of samples, 'cer' of the first or 'wer@3'; version:
+    of analysis_q3.sampling_errors."""
+    table = defaultdict(dict)
+    for run in runs:
+        seed = run["arguments"].get("seed", common.SEEDS[0])
+        for temperature, p, *errors in run["analysis"].get("sampling", {}).get(version, ()):
+            table[temperature, p][seed] = errors[measure == "wer@3"]
+    return table
+
+
 def sampling_table(records: Records, temperatures: Sequence[float] = (0.6, 1.0)) -> str | None:
     """Validation CER of the first sample for each temperature and p: without label smoothing, with
     it, and with it removed, and the differences."""
-
-    def errors(label, version):  # {(temperature, p): {seed: CER}}
-        table = defaultdict(dict)
-        for run in records[label]:
-            seed = run["arguments"].get("seed", common.SEEDS[0])
-            for temperature, p, cer, _ in run["analysis"].get("sampling", {}).get(version, ()):
-                table[temperature, p][seed] = cer
-        return table
-
-    without, smoothed = (errors(label, "as trained") for label in SMOOTHING)
-    removed, rows = errors(SMOOTHING[1], "unsmoothed"), []
+    without, smoothed = (sampling_errors(records[x], "as trained", "cer") for x in SMOOTHING)
+    removed, rows = sampling_errors(records[SMOOTHING[1]], "unsmoothed", "cer"), []
     for key in itertools.product(temperatures, analysis_q3.P_VALUES):
         a, b, c = without[key], smoothed[key], removed[key]
         if a and b:
             means = (mean_sd(list(x.values())) for x in (a, b, c))
             rows.append([*key, *means, common.difference(b, a), common.difference(c, b)])
-    head = "temperature", "p", "none", "smoothed", "removed", "smoothed - none"
-    return markdown_table((*head, "removed - smoothed"), rows, text=0)
+    head = "temperature", "p", "no smoothing", "smoothing .1", "share subtracted"
+    head += "smoothing .1 - no smoothing", "share subtracted - smoothing .1"
+    return markdown_table(head, rows, text=0)
 
 
 def words_table(records: Records) -> str | None:
     """Greedy test error rates of the original's model by the number of training words."""
-    rows = [
-        [f"{n:,}", WORDS[n], *(mean_error(runs, "greedy", m) for m in ("cer", "wer")), len(runs)]
-        for n in WORDS
-        if (runs := records[words_label(n)])
-    ]
-    return markdown_table(["training words", "epochs", "CER", "WER", "runs"], rows, text=0)
+    rows = []
+    for n in WORDS:
+        if runs := records[words_label(n)]:
+            errors = (mean_error(runs, "greedy", measure) for measure in ("cer", "wer"))
+            loss = mean_sd([run["history"]["train_loss"][-1] for run in runs])
+            rows.append([f"{n:,}", WORDS[n], *errors, loss, len(runs)])
+    head = "training words", "epochs", "CER", "WER", "last training loss (nats)", "runs"
+    return markdown_table(head, rows, text=0)
 
 
 RESULTS = ("greedy", "cer"), ("greedy", "wer"), ("beam", "cer"), ("beam", "wer"), ("beam", "wer@3")
@@ -410,7 +429,7 @@ def forest_rows(records: Records) -> list[tuple]:
                 mean = float(np.mean([error(run, decoding, measure) for run in runs]))
                 bounds = interval(runs, decoding, measure)
                 name = f"{label}, {decoding}: {measure.upper()}"
-                rows.append((name, original, [(mean, bounds, utils.BLUE, "this report")]))
+                rows.append((name, original, [(mean, bounds, utils.GREEN, "this report")]))
     return rows
 
 
@@ -468,31 +487,29 @@ def errors_by_words(records: Records, measure: str) -> dict[int, list[float]]:
 
 def draw_words(records: Records) -> Figure | None:
     """Test CER and WER against the number of training words, on logarithmic axes."""
-    if not errors_by_words(records, "cer"):
-        return None
-    fig, panels = utils.new_figure(5.6, 2.8, 1, 2)
-    for axes, measure, ticks in zip(panels, ("cer", "wer"), ((0.1, 0.2, 0.4, 0.8), (0.5, 0.7, 1))):
-        groups = errors_by_words(records, measure)
-        axes.plot(groups.keys(), list(map(np.mean, groups.values())), color=utils.BLUE)
+    fig, axes = utils.new_figure(5.0, 3.2)
+    for measure, color in (("wer", utils.PURPLE), ("cer", utils.BLUE)):
+        if not (groups := errors_by_words(records, measure)):
+            return None
+        means = list(map(np.mean, groups.values()))
+        axes.plot(groups.keys(), means, color=color, label=measure.upper())
         for n, values in groups.items():
-            axes.plot([n] * len(values), values, "o", color=utils.BLUE, markersize=4, alpha=0.6)
-        axes.set(xscale="log", yscale="log", xlabel="Training words")
-        axes.set(ylabel=f"Test {measure.upper()}")
-        axes.set_yticks(ticks, list(map(str, ticks)))
-        shown = min(WORDS), 10_000, max(WORDS)
-        axes.set_xticks(shown, [f"{n:,}" for n in shown])
-        axes.minorticks_off()
+            axes.plot([n] * len(values), values, "o", color=color, markersize=4, alpha=0.6)
+    axes.set(xscale="log", yscale="log", xlabel="Training words", ylabel="Test error rate")
+    axes.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+    axes.set_xticks(list(groups), [f"{n:,}" for n in groups], rotation=30)
+    axes.minorticks_off()
+    axes.legend()
     return fig
 
 
-def exponent(records: Records, measure: str) -> str | None:
-    """The exponent b of the power law, error = c words^b, through the means, by least squares of
-    logarithms."""
-    groups = errors_by_words(records, measure)
-    if len(groups) < 2:
-        return None
-    means = [np.log(np.mean(values)) for values in groups.values()]
-    return f"{np.polyfit(np.log(list(groups)), means, 1)[0]:.2f}"
+def exponents(records: Records, measure: str) -> str | None:
+    """The first and the last of the local exponents b of error = c words^b, each between the means
+    of two neighbouring sizes."""
+    means = {n: np.mean(values) for n, values in errors_by_words(records, measure).items()}
+    pairs = itertools.pairwise(means.items())
+    slopes = [math.log(b / a) / math.log(m / n) for (n, a), (m, b) in pairs]
+    return f"{slopes[0]:.2f} to {slopes[-1]:.2f}" if slopes else None
 
 
 def draw_lengths(
