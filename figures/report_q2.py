@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ SWINGS = {  # of validation accuracy
 }
 WAYS = {  # to score an epoch: name, colour, line
     "as they are": ("the weights as they are", utils.VERMILION, "-"),
-    "statistics": ("batch norm's statistics recomputed", utils.ORANGE, "--"),
+    "statistics": ("statistics recomputed", utils.ORANGE, "--"),
     "average": ("averaged weights", utils.BLUE, "-"),
 }
 LOCALITY = {"plain network": "", "fully connected": "-kernel_size 48"}  # first layer; 10 epochs
@@ -298,11 +299,6 @@ def resized(record: Record) -> dict[str, float]:
     return {f"{size} pixels": value for size, value in record["analysis"]["sizes"].items()}
 
 
-def every_epoch(records: list[Record]) -> list[dict[str, list[float]]]:
-    """Each run's validation accuracies of all epochs, {way: accuracies} for all WAYS."""
-    return [run["analysis"]["epochs"] for run in records if "epochs" in run["analysis"]]
-
-
 def calibration_error(record: Record) -> float:
     """The expected calibration error: the mean distance of probability and accuracy over the test
     images (Guo et al. 2017, section 2)."""
@@ -493,22 +489,50 @@ def precision_effect(records: Records, column: str) -> str | None:
     return common.with_interval(mean, common.pooled_spread(groups), 1 / total)
 
 
+SWING_COLUMNS = "mean", "lowest", "change between epochs"
+
+
+def late_swings(record: Record, way: str) -> dict[str, float]:
+    """The SWING_COLUMNS of the second half of the epochs: validation accuracy's mean, its lowest
+    value, and its mean change from one epoch to the next, scored in one of WAYS."""
+    values = record["analysis"]["epochs"][way]
+    late = values[len(values) // 2 :]
+    changes = (abs(b - a) for a, b in itertools.pairwise(late))
+    return dict(zip(SWING_COLUMNS, (statistics.mean(late), min(late), statistics.mean(changes))))
+
+
 def swings_table(records: Records) -> str | None:
-    """Validation accuracy in the second half of SWINGS' epochs, scored in all WAYS: its mean, its
-    lowest value, and its mean change from one epoch to the next."""
+    """The SWING_COLUMNS of SWINGS, scored in all WAYS."""
     rows = []
     for label in SWINGS:
-        runs = every_epoch(records[label])
-        for key, (name, *_) in WAYS.items():
-            late = [run[key][len(run[key]) // 2 :] for run in runs]
-            changes = [
-                statistics.mean(abs(b - a) for a, b in itertools.pairwise(run)) for run in late
-            ]
-            values = list(map(statistics.mean, late)), list(map(min, late)), changes
-            if runs:
-                rows.append([label.partition(",")[0], name, *map(mean_sd, values), len(runs)])
-    head = ["network", "scored with", "mean", "lowest", "change between epochs", "runs"]
-    return markdown_table(head, rows, text=2)
+        runs = [run for run in records[label] if "epochs" in run["analysis"]]
+        for way, (name, *_) in WAYS.items() if runs else ():
+            found = [late_swings(run, way) for run in runs]
+            values = (mean_sd([row[column] for row in found]) for column in SWING_COLUMNS)
+            rows.append([label.partition(",")[0], name, *values, len(runs)])
+    return markdown_table(["network", "scored with", *SWING_COLUMNS, "runs"], rows, text=2)
+
+
+def compare_ways(records: Records, label: str, way: str, base: str) -> str:
+    """The difference of late_swings' mean accuracy between two of WAYS, paired by seed."""
+    runs = [run for run in records[label] if "epochs" in run["analysis"]]
+    values, baseline = (
+        common.by_seed(runs, lambda run, way=x: late_swings(run, way)["mean"]) for x in (way, base)
+    )
+    return common.describe_difference(values, baseline)
+
+
+def swing_ratio(records: Records, way: str, base: str) -> str | None:
+    """The change between epochs scored in one of WAYS, divided by that in another: 'geometric mean
+    over all runs of SWINGS [95 % confidence interval]' (Student's t of the logarithms)."""
+    runs = [r for label in SWINGS for r in records[label] if "epochs" in r["analysis"]]
+    if len(runs) < 2:
+        return None
+    changes = np.array([[late_swings(r, x)[SWING_COLUMNS[-1]] for x in (way, base)] for r in runs])
+    logs = np.log(changes[:, 0] / changes[:, 1])
+    low, high = scipy.stats.ttest_1samp(logs, 0).confidence_interval()
+    mean, low, high = np.exp([logs.mean(), low, high])
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def gains_table(records: Records, base: str, labels: Iterable[str]) -> str | None:
@@ -758,16 +782,23 @@ def draw_sweep(records: Records) -> Figure | None:
     if not means:
         return None
     axes.plot(means.keys(), means.values(), color=utils.BLUE)
-    axes.plot(diverged, [0] * len(diverged), "x", color="black", clip_on=False, label="diverged")
+    if diverged:
+        axes.plot(diverged, [0] * len(diverged), "xk", clip_on=False, label="diverged")
     axes.axhline(1 / len(utils.CLASSES), color="0.6", linestyle=":", label="chance")
     axes.set(xscale="log", xlabel="Learning rate", ylabel="Validation accuracy", ylim=(0, None))
+    axes.set_xticks(list(means), [f"{rate:g}" for rate in means])
+    axes.minorticks_off()
     axes.legend(loc="lower left")
     return fig
 
 
 def draw_swings(records: Records) -> Figure | None:
     """Validation accuracy over epochs, scored in all WAYS, a panel for each of SWINGS."""
-    measured = {label: runs for label in SWINGS if (runs := every_epoch(records[label]))}
+    measured = {
+        label: runs
+        for label in SWINGS
+        if (runs := [r["analysis"]["epochs"] for r in records[label] if "epochs" in r["analysis"]])
+    }
     if not measured:
         return None
     fig, panels = utils.new_figure(5.6, 2.9, 1, len(measured), sharey=True, squeeze=False)

@@ -281,12 +281,21 @@ def test_the_effect_of_precision_by_hand():
 
 
 def test_swings_by_hand():
-    """The second half of four epochs."""
-    ways = {key: [0.9, 0.1, 0.5, 0.25] for key in q2.WAYS}
-    records = defaultdict(list, {next(iter(q2.SWINGS)): [{"analysis": {"epochs": ways}}]})
+    """The second half of four epochs; over two runs the change is halved and stays the same."""
+
+    def run(last, seed):
+        ways = {"as they are": [0.9, 0.1, 0.5, 0.25], "average": [0, 0, 0.5, last]}
+        analysis = {"epochs": ways | {"statistics": [0, 0, 0.5, 0.5]}}
+        return {"analysis": analysis, "final": {}, "arguments": {"seed": seed}}
+
+    merged, kept = q2.SWINGS
+    records = defaultdict(list, {merged: [run(0.375, 1)], kept: [run(0.75, 1)]})
     rows = q2.swings_table(records).splitlines()[2:]
     assert rows[0] == "| last batch merged | the weights as they are | 0.375 | 0.250 | 0.250 | 1 |"
-    assert len(rows) == len(q2.WAYS)
+    assert len(rows) == 2 * len(q2.WAYS)
+    # logarithms -ln 2 and 0: mean -.347, s .490, t = 12.71 with one degree of freedom
+    assert q2.swing_ratio(records, "average", "as they are") == "0.71 [0.01, 57.80]"
+    assert q2.compare_ways(records, kept, "average", "as they are") == "+0.250, 1 pair of seeds"
 
 
 def test_local_exponents_by_hand():
