@@ -986,7 +986,7 @@ def dask_client(address: str) -> Any:
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"
 SKY = "#56B4E9"
 STYLE = {
-    "font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "font.size": 10.5, "axes.titlesize": 10.5, "legend.fontsize": 9.5, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 1.6,
     "axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6, "savefig.dpi": 200,
     "svg.hashsalt": "hw2",  # the same bytes again

@@ -8,6 +8,7 @@ import itertools
 import math
 import shlex
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ SWINGS = {  # of validation accuracy
     "last batch kept, 10 epochs": f"{SHORT} -last_batch keep",
 }
 WAYS = {  # to score an epoch: name, colour, line
-    "as they are": ("the weights as they are", utils.VERMILION, "-"),
+    "as they are": ("last weights", utils.VERMILION, "-"),
     "statistics": ("statistics recomputed", utils.ORANGE, "--"),
     "average": ("averaged weights", utils.BLUE, "-"),
 }
@@ -524,14 +525,18 @@ def compare_ways(records: Records, label: str, way: str, base: str) -> str:
 
 def swing_ratio(records: Records, way: str, base: str) -> str | None:
     """The change between epochs scored in one of WAYS, divided by that in another: 'geometric mean
-    over all runs of SWINGS [95 % confidence interval]' (Student's t of the logarithms)."""
-    runs = [r for label in SWINGS for r in records[label] if "epochs" in r["analysis"]]
-    if len(runs) < 2:
+    [95 % confidence interval]' over seeds (Student's t of the logarithms, of which those of one
+    seed's SWINGS are averaged)."""
+    logs = defaultdict(list)
+    for run in (run for label in SWINGS for run in records[label]):
+        if "epochs" in run["analysis"]:
+            above, below = (late_swings(run, x)[SWING_COLUMNS[-1]] for x in (way, base))
+            logs[run["arguments"].get("seed", common.SEEDS[0])].append(math.log(above / below))
+    if len(logs) < 2:
         return None
-    changes = np.array([[late_swings(r, x)[SWING_COLUMNS[-1]] for x in (way, base)] for r in runs])
-    logs = np.log(changes[:, 0] / changes[:, 1])
-    low, high = scipy.stats.ttest_1samp(logs, 0).confidence_interval()
-    mean, low, high = np.exp([logs.mean(), low, high])
+    means = list(map(statistics.mean, logs.values()))
+    low, high = scipy.stats.ttest_1samp(means, 0).confidence_interval()
+    mean, low, high = np.exp([np.mean(means), low, high])
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -678,11 +683,12 @@ def trial_scores(record: Record) -> dict[str, str]:
 # figures, None without runs
 
 
-def draw_curves(records: Records, labels: Iterable[str], *columns: str) -> Figure | None:
+def draw_curves(records: Records, labels: Sequence[str], *columns: str) -> Figure | None:
     """Curves over epochs, a panel for each of these columns of the history."""
     titles = {"train_loss": "Training loss (nats)", "val_accuracy": "Validation accuracy"}
-    rows = len(columns)
-    fig, panels = utils.new_figure(5.0, 0.6 + 2.3 * rows, rows, 1, sharex=True, squeeze=False)
+    rows, is_long = len(columns), max(map(len, labels)) > 24  # then a legend line for each label
+    height = 0.6 + 2.3 * rows + is_long * 0.1 * len(labels)
+    fig, panels = utils.new_figure(5.0, height, rows, 1, sharex=True, squeeze=False)
     for axes, column in zip(panels[:, 0], columns):
         for label in labels:
             common.plot_experiment(axes, records[label], column, label, **LINE_STYLES[label])
@@ -690,7 +696,7 @@ def draw_curves(records: Records, labels: Iterable[str], *columns: str) -> Figur
         if column == "train_loss":  # a run that diverges would leave the others no room
             axes.set_ylim(0, 2)
     axes.set(xlabel="Epoch")
-    common.legend_above(fig, panels[0][0], 1 if KEPT in labels else 2)  # its name is long
+    common.legend_above(fig, panels[0][0], 1 if is_long else 2)
     return fig if axes.lines else None
 
 
@@ -710,8 +716,8 @@ def draw_overfitting(records: Records) -> Figure | None:
         common.plot_bands(axes, validation, "validation", color=utils.BLUE, linestyle="-")
         title = common.with_seeds(label, training).replace(" (", "\n(")  # or neighbours touch
         axes.set_title(title)
-    fig.supxlabel("Epoch", fontsize=9)
-    fig.supylabel("Accuracy", fontsize=9)
+    fig.supxlabel("Epoch", fontsize=10)
+    fig.supylabel("Accuracy", fontsize=10)
     common.legend_above(fig, panels[0][0])
     return fig
 
@@ -758,7 +764,7 @@ def draw_confident_errors(records: Records, thumbnails: Tensor) -> Figure | None
         axes.imshow(image.numpy(), interpolation="nearest")
         axes.axis("off")
         names = utils.CLASSES[true], utils.CLASSES[guess]
-        axes.set_title(f"{names[0]}\n{names[1]}\n{probability:.2f}", fontsize=9)
+        axes.set_title(f"{names[0]}\n{names[1]}\n{probability:.2f}", fontsize=10)
     return fig
 
 
@@ -808,7 +814,7 @@ def draw_swings(records: Records) -> Figure | None:
             common.plot_bands(axes, values, name, color=color, linestyle=line)
         axes.set_title(common.with_seeds(label.partition(",")[0], runs))
         axes.set(xlabel="Epoch")
-    panels[0][0].set(ylabel="Validation accuracy")
+    panels[0][0].set(ylabel="Validation accuracy", ylim=(0.4, None))
     common.legend_above(fig, panels[0][0], 3)
     return fig
 
@@ -882,7 +888,7 @@ def draw_grad_cam(records: Records, thumbnails: Tensor) -> Figure | None:
         for i, (image, guess, heat) in enumerate(zip(images, cam["predicted"], cam["maps"])):
             rows[0, i].imshow(reorder(image, pixels).numpy(), interpolation="nearest")
             rows[1, i].imshow(heat, cmap="inferno", vmin=0, vmax=1)
-            rows[0, i].set_title(utils.CLASSES[i], fontsize=9)
+            rows[0, i].set_title(utils.CLASSES[i], fontsize=10)
             color = "black" if guess == i else utils.VERMILION
             rows[1, i].set_title(utils.CLASSES[guess], fontsize=9, color=color)
         rows[0, 0].set_ylabel(pixels)
@@ -925,13 +931,14 @@ TARGETS = ORIGINAL[VARIANT][1], 0.85, 0.89  # test accuracies
 
 
 def minutes_table(records: Records) -> str | None:
-    """For each recipe, the minutes of the smallest budget whose mean test accuracy reaches each of
-    TARGETS."""
+    """For each recipe with several budgets, the minutes of the smallest one whose mean test
+    accuracy reaches each of TARGETS."""
     rows = []
     for recipe, row in budgets(records).items():
         points = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
         reached = ([minutes for minutes, mean in points if mean >= x] for x in TARGETS)
-        rows.append([recipe, *(f"{min(part):.1f}" if part else "–" for part in reached)])
+        if len(row) > 1:
+            rows.append([recipe, *(f"{min(part):.1f}" if part else "–" for part in reached)])
     return markdown_table(["recipe", *(f"minutes to {x:.3g}" for x in TARGETS)], rows)
 
 
@@ -952,7 +959,7 @@ def draw_budgets(records: Records) -> Figure | None:
         means = [(minutes, statistics.mean(values)) for minutes, values in row.values()]
         marker = "o" if len(means) == 1 else None
         axes.plot(*zip(*means), color=color, marker=marker, label=recipe)
-    for accuracy_reached, name in zip(TARGETS, ("the original's .746", ".85", ".89")):
+    for accuracy_reached, name in zip(TARGETS, ("the original's .746", "  0.85", "  0.89")):
         axes.axhline(accuracy_reached, color="0.6", linestyle=":", linewidth=0.8)
         x, side = (1, "right") if accuracy_reached < 0.8 else (0, "left")  # where no curve is
         where = {"xycoords": ("axes fraction", "data"), "ha": side, "va": "bottom"}

@@ -264,6 +264,16 @@ def ambiguity_table(runs: list[Record]) -> str | None:
     return markdown_table((*head, "lowest expected WER, given these spellings"), rows, text=0)
 
 
+def ambiguous_errors(run: Record) -> str:
+    """The share of a run's errors that are another attested spelling of the pronunciation:
+    'share [95 % confidence interval]' (binomial, exact)."""
+    count = len(run["analysis"]["lengths"])
+    rates = error(run, "beam", "wer"), run["analysis"]["ambiguity"]["wer_any"]
+    errors, left = (round(rate * count) for rate in rates)
+    low, high = scipy.stats.binomtest(errors - left, errors).proportion_ci()
+    return f"{errors - left} of {errors} errors, {1 - left / errors:.0%} [{low:.0%}, {high:.0%}]"
+
+
 def example_table(runs: list[Record]) -> str | None:
     """Spellings of ten words sampled by the original and by the first run, correct ones in bold."""
 
@@ -504,12 +514,12 @@ def draw_words(records: Records) -> Figure | None:
 
 
 def exponents(records: Records, measure: str) -> str | None:
-    """The first and the last of the local exponents b of error = c words^b, each between the means
-    of two neighbouring sizes."""
+    """The lowest and the highest of the local exponents b of error = c words^b, each between the
+    means of two neighbouring sizes."""
     means = {n: np.mean(values) for n, values in errors_by_words(records, measure).items()}
     pairs = itertools.pairwise(means.items())
     slopes = [math.log(b / a) / math.log(m / n) for (n, a), (m, b) in pairs]
-    return f"{slopes[0]:.2f} to {slopes[-1]:.2f}" if slopes else None
+    return f"{min(slopes):.2f} and {max(slopes):.2f}" if slopes else None
 
 
 def draw_lengths(

@@ -106,6 +106,7 @@ def test_documents_give_the_records_means():
             f"on scrambled images {mean(accuracy(q2.SCRAMBLED[-1]))};",
             f"accuracy of **{mean(accuracy(q2.BEST))}** (5 seeds), "
             f"{q2.cell(q2.NO_TTA, FOUND['q2'][q2.BEST]).split()[0]} without",
+            f"two epochs, {q2.budgets(FOUND['q2'])[q2.BEST][2][0]:.1f} minutes",
             f"from {cer[q3.PLAIN]} to **{cer[q3.ATTENTION]}** (3 seeds)",
             f"from {beam.lstrip('0')} to **{listed}** (one run)",
         ],
@@ -289,9 +290,9 @@ def test_swings_by_hand():
         return {"analysis": analysis, "final": {}, "arguments": {"seed": seed}}
 
     merged, kept = q2.SWINGS
-    records = defaultdict(list, {merged: [run(0.375, 1)], kept: [run(0.75, 1)]})
+    records = defaultdict(list, {merged: [run(0.375, 1)], kept: [run(0.75, 2)]})
     rows = q2.swings_table(records).splitlines()[2:]
-    assert rows[0] == "| last batch merged | the weights as they are | 0.375 | 0.250 | 0.250 | 1 |"
+    assert rows[0] == "| last batch merged | last weights | 0.375 | 0.250 | 0.250 | 1 |"
     assert len(rows) == 2 * len(q2.WAYS)
     # logarithms -ln 2 and 0: mean -.347, s .490, t = 12.71 with one degree of freedom
     assert q2.swing_ratio(records, "average", "as they are") == "0.71 [0.01, 57.80]"
@@ -305,7 +306,7 @@ def test_local_exponents_by_hand():
     for n, distance in ((1000, 4), (2500, 2), (5000, 2)):
         final = {"greedy": {"distances": [distance]}}
         records[q3.words_label(n)] = [{"final": final, "analysis": {"lengths": [8]}}]
-    assert q3.exponents(records, "cer") == f"{math.log(0.5) / math.log(2.5):.2f} to 0.00"
+    assert q3.exponents(records, "cer") == f"{math.log(0.5) / math.log(2.5):.2f} and 0.00"
 
 
 def test_ambiguity_by_hand():
