@@ -363,8 +363,8 @@ def multiply_adds(model: nn.Module) -> int:
 # tables: Markdown, None without runs
 
 LATE, NO_TTA = "validation, late epochs", "test, without test-time augmentation"
-EPOCH, SECONDS = "first epoch at .75, per run", "median seconds per epoch, per run"
 FIELD, PRODUCTS = "receptive field", "multiply-adds (millions)"
+EPOCH = "first epoch at .75, per run"
 MEASURES = {  # columns of means and standard deviations
     "training": functools.partial(accuracy, split="train"),
     "validation": functools.partial(accuracy, split="val"),
@@ -375,7 +375,7 @@ MEASURES = {  # columns of means and standard deviations
     LATE: late_epoch_accuracy,
 }
 GAP_COLUMNS = "training", "validation", "test", "training - validation", LATE, "runs"
-SIZE_COLUMNS = "parameters", PRODUCTS, LATE, EPOCH, SECONDS
+SIZE_COLUMNS = "parameters", PRODUCTS, LATE, EPOCH
 SHAPE_COLUMNS = FIELD, "parameters", PRODUCTS
 MAIN_COLUMNS = "parameters", "epochs", "validation", "test", NO_TTA, "runs"
 
@@ -399,8 +399,6 @@ def cell(column: str, runs: list[Record]) -> str:
         return f"{field} x {field}" if column == FIELD else f"{products / 1e6:.1f}"
     if column == EPOCH:
         return ", ".join(str(first_epoch(run) or "never") for run in runs)
-    if column == SECONDS:
-        return ", ".join(f"{common.seconds_per_epoch(run):.0f}" for run in runs)
     if column == "runs":
         return str(len(runs))
     raise ValueError(f"no column {column!r}")
