@@ -154,6 +154,11 @@ def error(
     return 1 - ((ranks >= 1) & (ranks <= k)).mean()
 
 
+def with_list(runs: list[Record]) -> list[Record]:
+    """The runs that were also scored with a list of words."""
+    return [run for run in runs if "lexicon" in run["final"]]
+
+
 def listed_words(record: Record) -> dict[str, np.ndarray]:
     """The indices of all test words, of those in the list of words, and of the others."""
     listed = np.array(record["final"]["lexicon"]["listed"], dtype=bool)
@@ -229,7 +234,7 @@ def lexicon_table(records: Records) -> str | None:
     all test words, of those in the list, and of the others."""
     rows = []
     for label, runs in records.items():
-        runs = [run for run in runs if "lexicon" in run["final"]]
+        runs = with_list(runs)
         for name in listed_words(runs[0]) if runs else ():
             row = [label, f"{len(listed_words(runs[0])[name])} words, {name}"]
             for measure, how in itertools.product(("wer", "wer@3"), ("beam", "lexicon")):
@@ -467,7 +472,7 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
 def draw_lexicon(runs: list[Record]) -> Figure | None:
     """WER@k of a beam with and without a list of words, for the words in the list and the others,
     a panel each."""
-    runs = [run for run in runs if "lexicon" in run["final"]]
+    runs = with_list(runs)
     if not runs:
         return None
     fig, panels = utils.new_figure(5.0, 2.8, 1, 2, sharey=True)
