@@ -120,12 +120,12 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
         for name, more in LOCALITY.items()
         for pixels in script.PIXELS
     }
-    | {
-        label: f"-no_batch_norm -precision bfloat16 -epochs {SWEEP_EPOCHS} -learning_rate {rate}"
-        for rate, label in SHORT_RATES.items()
-    }
     | SWINGS
     | {KEPT: "-last_batch keep"},
+    ("all", 1): {
+        label: f"-no_batch_norm -precision bfloat16 -epochs {SWEEP_EPOCHS} -learning_rate {rate}"
+        for rate, label in SHORT_RATES.items()
+    },
     ("all", 5): {label: f"{SHORT_CYCLE} {arguments}" for label, arguments in SHAPES.items()},
     ("beyond", 5): {BEST: RECIPE_BEST, NOT_ERASED: f"{RECIPE_BEST} -augment flip crop"},
     ("beyond", 3): {
@@ -528,7 +528,7 @@ def swing_ratio(records: Records, way: str, base: str) -> str | None:
     logs = defaultdict(list)
     for run in (run for label in SWINGS for run in records[label]):
         if "epochs" in run["analysis"]:
-            above, below = (late_swings(run, x)[SWING_COLUMNS[-1]] for x in (way, base))
+            above, below = (max(late_swings(run, x)[SWING_COLUMNS[-1]], 1e-6) for x in (way, base))
             logs[run["arguments"].get("seed", common.SEEDS[0])].append(math.log(above / below))
     if len(logs) < 2:
         return None
@@ -863,8 +863,10 @@ def draw_filters(records: Records) -> Figure | None:
     fig, panels = utils.new_figure(5.6, 2.0, 2, 1)
     for axes, (pixels, changes) in zip(panels, rows.items()):
         kernels = torch.from_numpy(changes[0]).movedim(1, 3)  # (32, 3, 3, 3): channels last
-        kernels = (0.5 + 0.5 * kernels / kernels.abs().quantile(0.99)).clamp(0, 1)
-        tiles = F.pad(kernels, (0, 0, 0, 1, 0, 1), value=1.0)  # (32, 4, 4, 3): a white border
+        kernels = 0.5 + 0.5 * kernels / kernels.abs().quantile(0.99).clamp(min=1e-12)
+        tiles = F.pad(
+            kernels.clamp(0, 1), (0, 0, 0, 1, 0, 1), value=1.0
+        )  # (32, 4, 4, 3): a white border
         sheet = tiles.unflatten(0, (2, 16)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
         axes.imshow(sheet.numpy(), interpolation="nearest")
         axes.set_title(f"trained on {pixels} pixels")
