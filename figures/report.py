@@ -285,7 +285,7 @@ def write_report(folder: Path, figure_format: str) -> None:
         return NOT_TRAINED if value is None else value
 
     records = load_records(folder / "runs")
-    fields = {"figure": figure, "common": common, "machines": common.machines, **QUESTIONS}
+    fields = {"figure": figure, "common": common, **QUESTIONS}
     fields["records"] = {
         "q2": find_records(report_q2, records),
         "q3": {label: scored(runs) for label, runs in find_records(report_q3, records).items()},

@@ -8,7 +8,6 @@ import itertools
 import math
 import shlex
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -491,6 +490,11 @@ def precision_effect(records: Records, column: str) -> str | None:
 SWING_COLUMNS = "mean", "lowest", "change between epochs"
 
 
+def with_epochs(runs: list[Record]) -> list[Record]:
+    """The runs whose epochs were scored in all WAYS."""
+    return [run for run in runs if "epochs" in run["analysis"]]
+
+
 def late_swings(record: Record, way: str) -> dict[str, float]:
     """The SWING_COLUMNS of the second half of the epochs: validation accuracy's mean, its lowest
     value, and its mean change from one epoch to the next, scored in one of WAYS."""
@@ -504,7 +508,7 @@ def swings_table(records: Records) -> str | None:
     """The SWING_COLUMNS of SWINGS, scored in all WAYS."""
     rows = []
     for label in SWINGS:
-        runs = [run for run in records[label] if "epochs" in run["analysis"]]
+        runs = with_epochs(records[label])
         for way, (name, *_) in WAYS.items() if runs else ():
             found = [late_swings(run, way) for run in runs]
             values = (mean_sd([row[column] for row in found]) for column in SWING_COLUMNS)
@@ -514,7 +518,7 @@ def swings_table(records: Records) -> str | None:
 
 def compare_ways(records: Records, label: str, way: str, base: str) -> str:
     """The difference of late_swings' mean accuracy between two of WAYS, paired by seed."""
-    runs = [run for run in records[label] if "epochs" in run["analysis"]]
+    runs = with_epochs(records[label])
     values, baseline = (
         common.by_seed(runs, lambda run, way=x: late_swings(run, way)["mean"]) for x in (way, base)
     )
@@ -525,14 +529,16 @@ def swing_ratio(records: Records, way: str, base: str) -> str | None:
     """The change between epochs scored in one of WAYS, divided by that in another: 'geometric mean
     [95 % confidence interval]' over seeds (Student's t of the logarithms, of which those of one
     seed's SWINGS are averaged)."""
-    logs = defaultdict(list)
-    for run in (run for label in SWINGS for run in records[label]):
-        if "epochs" in run["analysis"]:
-            above, below = (max(late_swings(run, x)[SWING_COLUMNS[-1]], 1e-6) for x in (way, base))
-            logs[run["arguments"].get("seed", common.SEEDS[0])].append(math.log(above / below))
-    if len(logs) < 2:
+
+    def log_ratio(run):
+        above, below = (late_swings(run, x)[SWING_COLUMNS[-1]] for x in (way, base))
+        return math.log(max(above, 1e-6) / max(below, 1e-6))
+
+    logs = [common.by_seed(with_epochs(records[label]), log_ratio) for label in SWINGS]
+    seeds = sorted(set().union(*logs))
+    if len(seeds) < 2:
         return None
-    means = list(map(statistics.mean, logs.values()))
+    means = [statistics.mean(part[seed] for part in logs if seed in part) for seed in seeds]
     low, high = scipy.stats.ttest_1samp(means, 0).confidence_interval()
     mean, low, high = np.exp([np.mean(means), low, high])
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
@@ -798,17 +804,13 @@ def draw_sweep(records: Records) -> Figure | None:
 
 def draw_swings(records: Records) -> Figure | None:
     """Validation accuracy over epochs, scored in all WAYS, a panel for each of SWINGS."""
-    measured = {
-        label: runs
-        for label in SWINGS
-        if (runs := [r["analysis"]["epochs"] for r in records[label] if "epochs" in r["analysis"]])
-    }
+    measured = {label: runs for label in SWINGS if (runs := with_epochs(records[label]))}
     if not measured:
         return None
     fig, panels = utils.new_figure(5.6, 2.9, 1, len(measured), sharey=True, squeeze=False)
     for axes, (label, runs) in zip(panels.flat, measured.items()):
         for key, (name, color, line) in WAYS.items():
-            values = [run[key] for run in runs]
+            values = [run["analysis"]["epochs"][key] for run in runs]
             common.plot_bands(axes, values, name, color=color, linestyle=line)
         axes.set_title(common.with_seeds(label.partition(",")[0], runs))
         axes.set(xlabel="Epoch")

@@ -92,7 +92,6 @@ EXPERIMENTS = (
         for n, epochs in WORDS.items()
     ),
 )  # fmt: skip
-MEMBERS = {e.label: e.members for e in EXPERIMENTS if e.members}
 OTHERS = G2P, *LANGUAGES
 MAIN_RESULTS = ATTENTION, TRAINED_BETTER, BEST, ENSEMBLE, ALL, ALL_ENSEMBLE
 LINE_STYLES = {  # of an experiment, the same in every figure
