@@ -795,7 +795,9 @@ def draw_sweep(records: Records) -> Figure | None:
     if diverged:
         axes.plot(diverged, [0] * len(diverged), "xk", clip_on=False, label="diverged")
     axes.axhline(1 / len(utils.CLASSES), color="0.6", linestyle=":", label="chance")
-    axes.set(xscale="log", xlabel="Learning rate", ylabel="Validation accuracy", ylim=(0, None))
+    axes.set(
+        xscale="log", xlabel="Learning rate", ylabel="Validation accuracy, epoch 5", ylim=(0, None)
+    )
     axes.set_xticks(list(means), [f"{rate:g}" for rate in means])
     axes.minorticks_off()
     axes.legend(loc="lower left")
@@ -814,7 +816,7 @@ def draw_swings(records: Records) -> Figure | None:
             common.plot_bands(axes, values, name, color=color, linestyle=line)
         axes.set_title(common.with_seeds(label.partition(",")[0], runs))
         axes.set(xlabel="Epoch")
-    panels[0][0].set(ylabel="Validation accuracy", ylim=(0.4, None))
+    panels[0][0].set(ylabel="Validation accuracy", ylim=(0, 0.9))
     common.legend_above(fig, panels[0][0], 3)
     return fig
 
@@ -842,7 +844,7 @@ def draw_locality(records: Records) -> Figure | None:
 def draw_shapes(records: Records) -> Figure | None:
     """Validation accuracies of SHAPES, a dot per run, the most accurate network first."""
     groups = {
-        f"{label} ({cell(PRODUCTS, runs)})": values_of("validation", runs)
+        f"{label} ({cell(PRODUCTS, runs)} M)": values_of("validation", runs)
         for label in SHAPES
         if (runs := scored(records[label]))
     }
