@@ -321,7 +321,8 @@ def draw_original(records: dict[str, Records], thumbnails: Tensor) -> Figure:
         axes.set(xlabel=xlabel)
     for axes in fig.axes[:2]:
         if axes.lines:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+            where = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3}
+            axes.legend(**where, columnspacing=1, handletextpad=0)
     return fig
 
 
