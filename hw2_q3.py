@@ -870,7 +870,7 @@ def score_lexicon(speller: Speller, data: Pronunciations, args: Namespace) -> di
     true, k = test.spellings, min(args.k, size)
     ranked = [[c[:2] for c in row] for row in reranker.rerank(test_beam)]
     about = {"name": lexicon.name, "source": lexicon.source, "size": size}
-    about["weights"] = to_record(reranker)
+    about["weights"] = to_record(reranker.weights)
     about["listed"] = [int(lexicon.log_frequency(word) is not None) for word in true]
     examples = [[w, [[s, round(x, 3)] for s, x in row[:k]]] for w, row in zip(true, ranked)]
     scores = score_candidates(spellings(ranked), true, k)
@@ -911,8 +911,11 @@ def print_scores(final: dict[str, Any], args: Namespace, data_name: str) -> None
         print_beam(final["beam"])
     if args.lexicon is not None:
         scores = final["lexicon"]
-        weights = ", ".join(f"{name} {value}" for name, value in scores["weights"].items())
+        pairs = scores["weights"].items()
+        weights = ", ".join(f"{name} {'none' if x is None else x}" for name, x in pairs)
         print(f"Beam search, size {scores['size']}, re-ranked by {scores['source']}: {weights}")
+        listed = scores["listed"]
+        print(f"The list has {sum(listed):,} of the {len(listed):,} test words")
         print_beam(scores)
 
 
@@ -993,8 +996,8 @@ def spell(args: Namespace) -> None:
     print(f"Model: {description}", file=sys.stderr)
     if reranker:
         lexicon = reranker.lexicon
-        what = f"{lexicon.name} ({lexicon.source}, {len(lexicon.log_frequencies):,} words)"
-        print(f"Words: {what} re-ranks the spellings", file=sys.stderr)
+        count = len(lexicon.log_frequencies)
+        print(f"Words: {lexicon.source} ({count:,} words) re-ranks the spellings", file=sys.stderr)
     read = notation.make_reader(speller.source.stoi, speller.source.spaced)
     line = " ".join(args.ipa)
     if 1 < len(args.ipa) == len(line.split()) and len(read(line).words) == 1:

@@ -20,6 +20,7 @@ import utils
 from utils import UserError
 
 MAX_WORDS = 10**7
+OTHER_COUNT = re.compile(r'[,; ]\s*"?[\d.]+(e[-+]?\d+)?"?$|^[\d.]+[,; ]+\S', re.I)  # without TAB
 Row = list[tuple[str, float]]  # a word's candidates (spelling, log-probability)
 
 # ----------------------------------------------------------------------------------------------
@@ -31,14 +32,16 @@ class Lexicon:
     """Words and the natural logarithms of their relative frequencies."""
 
     name: str  # as the user gave it: a language or a file
-    source: str  # such as 'wordfreq 3.1.1'
+    source: str  # such as 'wordfreq 3.1.1 en'
     log_frequencies: dict[str, float]
 
     def log_frequency(self, word: str) -> float | None:
-        """A word's log frequency; of a capitalised word that is not listed that of the word without
-        its capital, for most lists have none. None if it is not listed."""
-        lower = word[:1].lower() + word[1:]
-        return self.log_frequencies.get(word, self.log_frequencies.get(lower))
+        """A word's log frequency; else that of the word without its capital, for most lists have
+        none; else that of its casefolded form, for wordfreq has 'strasse', not 'straße'. None if it
+        is not listed."""
+        lower = word[:1].lower()[:1] + word[1:]
+        forms = [word, lower] + [lower.casefold()] * lower.islower()
+        return next((self.log_frequencies[x] for x in forms if x in self.log_frequencies), None)
 
 
 def load_lexicon(name: str) -> Lexicon:
@@ -52,7 +55,7 @@ def load_lexicon(name: str) -> Lexicon:
         languages = []
     if name in languages:
         frequencies = wordfreq.get_frequency_dict(name, "best")
-        return _normalised(name, f"wordfreq {metadata.version('wordfreq')}", frequencies)
+        return _normalised(name, f"wordfreq {metadata.version('wordfreq')} {name}", frequencies)
     with utils.user_errors(f"{path}: cannot be read"):
         if path.is_file():
             return _normalised(name, path.name, read_counts(path))
@@ -73,27 +76,38 @@ def read_counts(path: Path) -> dict[str, float]:
     """{word: summed count} of a UTF-8 file; a word without a count counts 1. Raises UserError,
     naming file and line."""
     counts = {}
-    with open(path, encoding="utf-8-sig") as file:
+    with open(path, "rb") as file:
         for i, line in enumerate(itertools.islice(file, MAX_WORDS + 1), 1):
             if i > MAX_WORDS:
-                raise UserError(f"{path}: has more than {MAX_WORDS:,} words")
-            if len(line) > utils.MAX_SYMBOLS:
-                problem = f"a line of more than {utils.MAX_SYMBOLS:,} characters"
-                raise UserError(f"{path}, line {i}: {problem}")
-            word, _, count = line.rstrip("\r\n").partition("\t")
-            word = unicodedata.normalize("NFC", word.strip())
+                raise UserError(f"{path}: has more than {MAX_WORDS:,} lines")
             try:
-                number = float(count or 1)
-            except ValueError:
-                number = math.nan
-            is_other = re.search(r"[,; ]\s*[\d.]+$", word)  # a count, but no TAB
-            if not 0 < number < math.inf or (count and not word) or is_other:
-                raise UserError(f"{path}, line {i}: expected a word, or a word, TAB and a count")
+                word, count = parse_line(line.decode("utf-8-sig" if i == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                raise UserError(f"{path}, line {i}: not UTF-8; save it as UTF-8 text")
+            except ValueError as error:
+                raise UserError(f"{path}, line {i}: {error}")
             if word:
-                counts[word] = counts.get(word, 0) + number
+                counts[word] = counts.get(word, 0) + count
     if not counts:
         raise UserError(f"{path}: has no words")
+    if any(map(str.isupper, counts)) and all(word == word.upper() for word in counts):
+        raise UserError(f"{path}: all words are in capitals; write them in lower case")
     return counts
+
+
+def parse_line(line: str) -> tuple[str, float]:
+    """A word, '' in a blank line, and its count. Raises ValueError."""
+    if len(line) > utils.MAX_SYMBOLS:
+        raise ValueError(f"a line of more than {utils.MAX_SYMBOLS:,} characters")
+    word, tab, count = line.partition("\t")
+    word, count = unicodedata.normalize("NFC", word.strip()), count.strip()
+    try:
+        number = float(count or 1)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf or (count and not word) or (OTHER_COUNT.search(word) and not tab):
+        raise ValueError("expected a word, or a word, TAB and a positive number")
+    return word, number
 
 
 # ----------------------------------------------------------------------------------------------
@@ -120,7 +134,7 @@ GRID = [
 
 def features(candidates: list[Row], lexicon: Lexicon) -> tuple[np.ndarray, ...]:
     """Of words' candidates, best first, arrays (N, K): log-probabilities, -inf where there are
-    fewer than K; log frequencies, nan for unlisted words; whether only the capital is unlisted."""
+    fewer than K; log frequencies, nan for unlisted words; whether the list lacks the capital."""
     shape = len(candidates), max(map(len, candidates))
     log_probs, frequencies = np.full(shape, -np.inf), np.full(shape, np.nan)
     is_capital = np.zeros(shape, bool)
@@ -128,7 +142,7 @@ def features(candidates: list[Row], lexicon: Lexicon) -> tuple[np.ndarray, ...]:
         for j, (spelling, log_prob) in enumerate(row):
             log_probs[i, j], frequency = log_prob, lexicon.log_frequency(spelling)
             frequencies[i, j] = np.nan if frequency is None else frequency
-            is_capital[i, j] = spelling not in lexicon.log_frequencies
+            is_capital[i, j] = spelling[:1].isupper() and spelling not in lexicon.log_frequencies
     return log_probs, frequencies, is_capital
 
 
@@ -161,7 +175,8 @@ class Reranker:
 
 def fit_reranker(candidates: list[Row], true: list[str], lexicon: Lexicon) -> Reranker:
     """The Reranker with the weights of GRID that give the lowest WER on these words; of equal ones
-    that with the highest frequency weight, as people ask for common words, and lowest penalty."""
+    that with the highest frequency weight, as people ask for common words, then the lowest penalty
+    for unlisted words, then the highest for capitals, then the largest margin."""
     columns = features(candidates, lexicon)
     is_true = np.zeros(columns[0].shape, bool)
     for i, (row, word) in enumerate(zip(candidates, true, strict=True)):
@@ -174,12 +189,12 @@ def fit_reranker(candidates: list[Row], true: list[str], lexicon: Lexicon) -> Re
     return Reranker(lexicon, max(reversed(GRID), key=correct))
 
 
-def to_record(reranker: Reranker) -> dict[str, float]:
+def to_record(weights: Weights) -> dict[str, float | None]:
     """The weights in a form that JSON has: no margin is None."""
-    return {k: None if v == math.inf else v for k, v in asdict(reranker.weights).items()}
+    return {k: None if v == math.inf else v for k, v in asdict(weights).items()}
 
 
-def from_record(record: dict[str, float]) -> Weights:
+def from_record(record: dict[str, float | None]) -> Weights:
     """The weights of `to_record`. Raises TypeError or ValueError if it has others."""
     weights = Weights(**{k: math.inf if v is None else float(v) for k, v in record.items()})
     if any(math.isnan(value) for value in asdict(weights).values()):

@@ -39,7 +39,9 @@ def rerank(row, *weights):
         ("a\nb\nc\nd", dict.fromkeys("abcd", 0.25)),
         ("\ufeffthe\t30\r\nsea\t10\r\n\r\n", {"the": 0.75, "sea": 0.25}),
         ("Sol\t1\nsol\t2.5\nsol\t0.5\n", {"Sol": 0.25, "sol": 0.75}),
-        ("cafe\u0301\nice cream\n", {"café": 0.5, "ice cream": 0.5}),
+        ("cafe\u0301\nice cream\t\n", {"café": 0.5, "ice cream": 0.5}),
+        ("10,000\t 5\ncatch 22\t5\n", {"10,000": 0.5, "catch 22": 0.5}),
+        ("世界\n10\n", {"世界": 0.5, "10": 0.5}),
     ],
 )
 def test_a_file_of_words_with_and_without_counts(tmp_path, content, frequencies):
@@ -63,7 +65,11 @@ def test_a_file_of_words_with_and_without_counts(tmp_path, content, frequencies)
         ("a\tnan\n", "line 1: expected a word"),
         ("\t5\n", "line 1: expected a word"),
         ("a" * 2000, "line 1: a line of more than 1,000 characters"),
-        (b"caf\xe9\n", "cannot be read"),
+        ("   7 cat\n", "line 1: expected a word"),
+        ('"the","5.4e-02"', "line 1: expected a word"),
+        ("CAT\nDOG 2\t3\n", "all words are in capitals"),
+        (b"cat\ncaf\xe9\n", "line 2: not UTF-8"),
+        ("cat".encode("utf-16"), "line 1: not UTF-8"),
     ],
 )
 def test_a_file_that_is_no_list_is_refused(tmp_path, content, message):
@@ -74,7 +80,7 @@ def test_a_file_that_is_no_list_is_refused(tmp_path, content, message):
 def test_a_list_of_too_many_words_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(lexicon, "MAX_WORDS", 3)
     assert len(load_lexicon(write(tmp_path, "a\nb\nc\n")).log_frequencies) == 3
-    with pytest.raises(utils.UserError, match="more than 3 words"):
+    with pytest.raises(utils.UserError, match="more than 3 lines"):
         load_lexicon(write(tmp_path, "a\nb\nc\nd\n"))
 
 
@@ -118,6 +124,11 @@ def test_capitals_of_a_list():
     names = Lexicon("x", "x", {"Sol": -1.0, "sol": -2.0, "DNA": -3.0})
     spellings = "Sol", "sol", "DNA", "dna", "Dna", ""
     assert [names.log_frequency(x) for x in spellings] == [-1, -2, -3, None, None, None]
+    folded = Lexicon("x", "x", {"strasse": -1.0, "λόγοσ": -2.0, "istanbul": -3.0})
+    words = "Straße", "strasse", "Λόγος", "İstanbul"
+    assert [folded.log_frequency(x) for x in words] == [-1, -1, -2, -3]
+    row = [("straße", -0.1), ("strasse", -0.2)]
+    assert Reranker(folded, Weights(capital=9)).rerank([row])[0][0][0] == "straße"
 
 
 def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
@@ -129,7 +140,7 @@ def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
     assert 1.25 < reranker.weights.unlisted - reranker.weights.frequency * math.log(2) < 2.25
     assert fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
     for weights in (reranker.weights, Weights(margin=math.inf)):
-        record = json.loads(json.dumps(lexicon.to_record(Reranker(listed, weights))))
+        record = json.loads(json.dumps(lexicon.to_record(weights)))
         assert lexicon.from_record(record) == weights
 
 
@@ -157,6 +168,7 @@ def test_a_lexicon_at_test_is_scored_and_recorded(trained, capsys, fails):
     assert (scores["name"], scores["source"], scores["size"]) == (words, "my words.txt", 30)
     assert scores["listed"] == [1, 0, 1]
     assert any(line.startswith("Beam search, size 30, re-ranked by my words.txt") for line in lines)
+    assert "The list has 2 of the 3 test words" in lines
     assert f"Test WER@3: {scores['wer@3']:.4f}" == lines[lines.index(f"Record: {path}") - 1]
     hw2_q3.main(["test", *argv(folder)])  # keeps them
     assert utils.load_record(path)["final"]["lexicon"] == scores
@@ -176,7 +188,7 @@ def spell(folder, capsys, *options):
 def test_spell_uses_the_list_of_the_test_and_marks_what_is_not_listed(trained, capsys, tmp_path):
     folder, _, _ = trained
     output = spell(folder, capsys)
-    assert "(my words.txt, 2 words)" in output.err
+    assert "Words: my words.txt (2 words)" in output.err
     assert [line.split("\t")[1:] for line in output.out.splitlines()] == [
         ["cat", mock.ANY], ["dog", mock.ANY, "not listed: dog"],
     ]  # fmt: skip
