@@ -328,8 +328,6 @@ def train(args: Namespace) -> None:
     """Train a network, or resume its training; write a checkpoint after each epoch, at the end
     record and figures. Raises UserError."""
     data, device = load_data(args), utils.prepare_device(args.device, args.threads)
-    if args.precision == "bfloat16" and device.type == "cpu" and not utils.bfloat16_is_faster():
-        print("float32 is faster than bfloat16 on this processor", file=sys.stderr)
     run = make_run(args, data)
     with utils.run_lock(run):
         if args.restart:
@@ -575,13 +573,7 @@ def validation_accuracy(saved: dict[str, Any]) -> float | None:
 def choose_network(args: Namespace) -> Path:
     """-checkpoint, or the best network trained here on photographs, or the shipped one."""
     folder = args.output_dir / "checkpoints"
-    try:
-        return args.checkpoint or utils.best_checkpoint(
-            folder, "q2-", validation_accuracy, PRETRAINED
-        )
-    except UserError as error:
-        how = "on photographs (data/README.md): python hw2_q2.py -recipe best"
-        raise UserError(f"{error} {how}; or name one: -checkpoint FILE")
+    return args.checkpoint or utils.best_checkpoint(folder, "q2-", validation_accuracy, PRETRAINED)
 
 
 def read_images(paths: list[Path]) -> tuple[dict[Path, Tensor], list[str]]:
@@ -647,7 +639,7 @@ def print_answers(files: list[Path], probabilities: Tensor, as_json: bool) -> No
 # options
 
 DASH = "-"
-RUNTIME_OPTIONS = (  # where and how a run is made: they do not change its result
+RUNTIME_OPTIONS = (  # where and how a run is made: they do not identify it
     "device", "threads", "jobs", "scheduler", "restart", "output_dir", "data_path",
     "count_params", "predict", "checkpoint", "json",
 )  # fmt: skip
@@ -676,7 +668,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.model == "resnet" and shape != (True, "gap", "max", 3, 1):
         raise UserError("-model resnet has a fixed shape: -dropout is its only network option")
     if args.pixels != "ordered" and (args.augment or args.tta):
-        raise UserError(f"-pixels {args.pixels} cannot be combined with -augment or -tta")
+        problem = f"-pixels {args.pixels} cannot be combined with -augment or -tta"
+        raise UserError(f"{problem}; with -recipe best, add both without a name")
     if args.momentum and args.optimizer != "sgd":
         raise UserError("-momentum needs -optimizer sgd; with adam, -momentum 0")
     if args.batch_norm and args.batch_size == 1:
@@ -764,10 +757,11 @@ def add_data_options(group: Any) -> None:
     pixels("-scramble_pixels", dest="pixels", action="store_const", const="scrambled",
         help="short for -pixels scrambled")
     add("-augment", nargs="*", default=[], choices=AUGMENTATIONS, metavar="NAME",
-        help=f"random augmentations of training images: {', '.join(AUGMENTATIONS)}")
+        help=f"random augmentations of training images: {', '.join(AUGMENTATIONS)}; none without a "
+        "name")
     add("-tta", nargs="*", default=[], choices=TTA, metavar="NAME",
         help="test-time augmentation: average the probabilities of an image and its variants; "
-        "mirror: flipped; shift: shifted by 2 pixels up, down, left and right")
+        "mirror: flipped; shift: shifted by 2 pixels up, down, left and right; none without a name")
 
 # fmt: on
 
@@ -783,10 +777,15 @@ def main(argv: list[str] | None = None) -> None:
         print_parameters(args)
     elif args.predict:
         predict_files(args)
-    elif len(configs := utils.expand(args, "learning_rate", "seed")) > 1:
-        utils.train_side_by_side(sys.modules[__name__], configs)
     else:
-        train(args)
+        is_cpu = (args.device or utils.default_device()).startswith("cpu")
+        if args.precision == "bfloat16" and is_cpu and not utils.bfloat16_is_faster():
+            print("float32 is faster than bfloat16 on this processor", file=sys.stderr)
+        configs = utils.expand(args, "learning_rate", "seed")
+        if len(configs) > 1:
+            utils.train_side_by_side(sys.modules[__name__], configs)
+        else:
+            train(args)
 
 
 if __name__ == "__main__":

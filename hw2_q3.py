@@ -290,8 +290,9 @@ class Vocabulary:
     """The symbols of one side, indexed from 0, the special ones first: a text has none of these,
     even if it spells out "<pad>".
 
-    A symbol that is not in the training words is read as UNK, whose embedding is never trained: it
-    keeps its random initial value. spaced: spaces separate the symbols of a text, as in IPA.
+    A symbol that is not in the training words is read as UNK, whose source embedding is never
+    trained: it keeps its random initial value. spaced: spaces separate the symbols of a text, as in
+    IPA.
     """
 
     def __init__(self, symbols: Iterable[str], spaced: bool = False):
@@ -699,7 +700,8 @@ def load_data(args: Namespace) -> Pronunciations:
 
 
 def audit(data: Pronunciations) -> Iterator[str]:
-    """Yield lines: the number of words per split, of words in two splits, the unseen symbols."""
+    """Yield lines: the number of words per split, of validation and test words that are also
+    training words, the unseen symbols."""
     train, val, test = (data.splits[split] for split in utils.SPLITS)
     yield f"Words: {len(train):,} training, {len(val):,} validation, {len(test):,} test"
     words = {word for _, word in train}
@@ -1029,8 +1031,10 @@ def choose_speller(
     try:
         path = checkpoint_file(args) or utils.best_checkpoint(folder, "q3-", rank, shipped)
     except UserError as error:
-        how = "--use_attn --direction g2p" if is_g2p(args) else "--use_attn"
-        raise UserError(f"{error}: python hw2_q3.py {how}; or name one: --checkpoint_name FILE")
+        kept = overrides(args, ())
+        kept = {x: kept[x] for x in ("direction", "data_dir", "output_dir") if x in kept}
+        how = shlex.join(["python", "hw2_q3.py", "--use_attn", *utils.to_argv(DASH, kept)])
+        raise UserError(f"{error} on real words: {how}; or name one: --checkpoint_name FILE")
     speller, trained, saved = load_speller(path, device, args.direction)
     name = utils.printable(saved["data"]["name"])
     names = {"sample": "the built-in SAMPLE", "pronunciations": "your words"}
@@ -1225,8 +1229,9 @@ def add_training_options(add: Callable) -> None:
         help="folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in "
         "sample); for spell: use a model trained on these words")
     add("--checkpoint_name", type=Path, metavar="FILE",
-        help="checkpoint file (default: named after the run; for spell: that of the lowest "
-        "validation CER)")
+        help="checkpoint file; a name without a folder lies in checkpoints/ (default: named after "
+        "the run; for spell: of checkpoints/q3-*.pt that of the lowest validation CER, models of "
+        "the default words first)")
 
 
 def add_model_options(add: Callable) -> None:
@@ -1251,13 +1256,13 @@ def add_model_options(add: Callable) -> None:
 def add_decoding_options(add: Callable) -> None:
     """Add the options of testing and spelling."""
     add("--nucleus", action="store_true",
-        help="also test nucleus (top-p) sampling; for spell: sample instead of greedy decoding")
+        help="also test nucleus (top-p) sampling; for spell: sample, without a list of words")
     add("--topp", type=utils.number(float, 0, 1, low_open=True), metavar="P",
         help="probability mass of the nucleus, implies --nucleus (default: 0.8)")
     add("--k", type=utils.number(int, 1, 100), default=3,
-        help="candidates per word, the k of WER@k (default: %(default)s)")
+        help="the k of WER@k; for spell: number of samples of --nucleus (default: %(default)s)")
     add("--beam_size", type=utils.number(int, 1, 100), metavar="N",
-        help="also test beam search of this size; for spell: instead of greedy decoding")
+        help="also test beam search of this size; for spell: number of candidates (default: 1)")
     add("--lexicon", metavar="LIST",
         help="also test a beam of 30 re-ranked by a list of words: a language of the package "
         "wordfreq, such as en, or a file with a word on each line, optionally TAB and a count; for "

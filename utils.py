@@ -147,7 +147,7 @@ def add_training_options(add: Callable, dash: str, presets: dict[str, dict]) -> 
         help="learning-rate schedule: constant, or one cycle of linear warm-up and cosine decay "
         "(default: %(default)s)")
     add(f"{dash}label_smoothing", type=probability, default=0.0,
-        help="label smoothing: target probability spread over all outputs (default: %(default)s)")
+        help="label smoothing: target probability spread over all classes (default: %(default)s)")
     best = " ".join(to_argv(dash, presets["best"]))
     add(f"{dash}recipe", choices=presets, default="report",
         help=f"preset: report, the original's, or best: {best} (default: %(default)s)")
@@ -165,7 +165,8 @@ def add_runtime_options(parser: Parser, dash: str, threads: str) -> None:
     add(f"{dash}jobs", type=count,
         help="number of runs at once (default: cores / threads; on a GPU, one)")
     add(f"{dash}scheduler", metavar="ADDRESS",
-        help="train on the workers of this Dask scheduler, tcp://HOST:PORT, in a shared folder")
+        help="train several runs on the workers of this Dask scheduler, tcp://HOST:PORT, in a "
+        "shared folder")
     add(f"{dash}restart", action="store_true", help="discard the checkpoint: train from scratch")
     add(f"{dash}output_dir", type=Path, default=ROOT, metavar="DIR",
         help="folder of checkpoints/ and figures/ (default: the scripts' folder)")
@@ -224,7 +225,7 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         message, status = f"error: {error}", 2
     except KeyboardInterrupt:
-        message = "interrupted; run the same command again, without restarting, to resume"
+        message = "interrupted; run the same command again to resume training, without restart"
         status = 130
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -551,7 +552,7 @@ class Run:
 
     title: str  # the readable part of its name, such as 'q2-bn-gap-lr0.01-seed42-sample'
     command: str  # such as 'python hw2_q2.py -learning_rate 0.1'
-    arguments: dict[str, Any]  # those that differ from the defaults, seed included
+    arguments: dict[str, Any]  # of training, those that differ from the defaults
     data: dict[str, str]  # name, fingerprint
     training_version: int  # the question's TRAINING_VERSION
     epochs: int
@@ -685,7 +686,8 @@ def commit() -> str | None:
         name = git(["git", "rev-parse", "--short", "HEAD"], check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    has_changed = git(["git", "diff", "--quiet", "HEAD", "--", "*.py"]).returncode != 0
+    code = ":(glob)*.py", "data/*.py"  # not the tests, nor the report's
+    has_changed = git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode != 0
     return f"{name}-dirty" if has_changed else name
 
 
@@ -707,14 +709,14 @@ def store_record(run: Run, record: dict[str, Any]) -> str:
     if is_same and not old["history"]:  # an ensemble's
         is_same = old_final.get("greedy") == final.get("greedy")
     if is_same:
-        note = " (training had the same numbers before)"
+        note = " (the old record had the same numbers)"
         if final.get("max_len") == old_final.get("max_len"):
             final = old_final | final
         elif final and old_final:
             note += " (scores with another --max_len are dropped)"
         record = old | ({"final": final} if final else {})
     elif old:
-        note = " (training had other numbers before, which are replaced)"
+        note = " (the old record had other numbers, which are replaced)"
     save_record(run.record, record)
     return f"Record: {run.record}{note}"
 
@@ -936,7 +938,9 @@ def train_side_by_side(script: ModuleType, configs: list[Namespace]) -> None:
             line = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
         tqdm.write(f"{run.name}: {line}")
     if failures:
-        raise UserError(f"{failures} of {len(configs)} runs failed; run the same command to retry")
+        how = f", without {script.DASH}restart," * args.restart
+        problem = f"{failures} of {len(configs)} runs failed"
+        raise UserError(f"{problem}; run the same command{how} to retry")
 
 
 def run_processes(

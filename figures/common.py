@@ -1,10 +1,13 @@
 """What the reports on both questions share: experiments | statistics | tables | figures."""
 
 import math
+import shlex
 import statistics
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +46,11 @@ class Experiment:
 
 # ----------------------------------------------------------------------------------------------
 # statistics
+
+
+def parse_command(script: ModuleType, record: Record) -> Namespace:
+    """The arguments that a record's command gives its script."""
+    return script.parse_args(shlex.split(record["command"])[2:])
 
 
 def scored(records: list[Record]) -> list[Record]:
@@ -124,9 +132,14 @@ def describe_difference(values: dict[int, float], baseline: dict[int, float]) ->
     return f"{difference(values, baseline)}, {pairs} pair{'s' * (pairs != 1)} of seeds"
 
 
+def seed_of(record: Record) -> int:
+    """The seed of a run, which its record has if it is not the default."""
+    return record["arguments"].get("seed", SEEDS[0])
+
+
 def by_seed(records: list[Record], measure: Callable[[Record], float]) -> dict[int, float]:
     """{seed: a measure of its run}, of the runs that did not diverge."""
-    return {r["arguments"].get("seed", SEEDS[0]): measure(r) for r in scored(records)}
+    return {seed_of(record): measure(record) for record in scored(records)}
 
 
 def minutes(record: Record) -> float:
@@ -237,12 +250,14 @@ def plot_forest(axes: Axes, rows: list[tuple], original_label: str = "original")
 
 
 def plot_dots(axes: Axes, groups: dict[str, Sequence[float]], colors: Sequence[str] = ()) -> None:
-    """For each {label: a value per run}, downwards, a dot per run and a bar at the mean."""
+    """For each {label: a value per run}, downwards, a dot per run and a bar at the mean; the labels
+    name the number of runs where it differs."""
     for y, values in enumerate(groups.values()):
         color = colors[y] if colors else utils.BLUE
         axes.plot(values, [y] * len(values), "o", color=color, markersize=5, alpha=0.6)
         axes.plot(statistics.mean(values), y, "|", color="black", markersize=12)
-    names = [with_seeds(x, v) if len(v) > 1 else x for x, v in groups.items()]
+    is_same = len(set(map(len, groups.values()))) == 1
+    names = [x if is_same or len(v) == 1 else with_seeds(x, v) for x, v in groups.items()]
     axes.set_yticks(range(len(groups)), names)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)

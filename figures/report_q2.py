@@ -6,7 +6,6 @@ experiments | thumbnails | measures of a record | tables | figures
 import functools
 import itertools
 import math
-import shlex
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
 KEPT = "batch norm + pooling, last batch kept"
 ORIGINAL_10, BEST_20 = "the original's recipe, 10 epochs", "best recipe, 20 epochs"
 BEST, NOT_ERASED = "best recipe", "best recipe without erasing"
-RESNET_20, BEST_RESNET = "residual network, 20 epochs", "residual network"
+RESNET_20, BEST_RESNET = "residual network, 20 epochs, no erasing", "residual network"
 UNSMOOTHED = "without label smoothing"
 ADDED = {  # to the original's recipe
     "with momentum": "-momentum 0.9",
@@ -149,16 +148,6 @@ EXPERIMENTS = tuple(
     for (group, seeds), experiments in ARGUMENTS.items()
     for label, arguments in experiments.items()
 )
-ORIGINAL = {  # its validation and test accuracies
-    "plain, rate 0.1": (0.5684, 0.5743),
-    PLAIN: (0.7293, 0.6970),
-    "plain, rate 0.001": (0.5798, 0.5743),
-    VARIANT: (0.7528, 0.7460),
-    "plain, rate 0.1, scrambled": (0.5684, 0.5743),
-    "plain, scrambled": (0.7293, 0.6970),
-    "plain, rate 0.001, scrambled": (0.5798, 0.5743),
-    "batch norm + pooling, scrambled": (0.7528, 0.7460),
-}
 # The original counts the parameters of all layers but the output layer and the last batch norm.
 ORIGINAL_LAYERS = 896, 18_496, 73_856, 64, 128, 256, 132_096, 4_719_616, 524_800
 ORIGINAL_TOTALS = dict(zip(script.NETWORKS, (5_340_160, 752_640)))
@@ -175,6 +164,12 @@ SCRAMBLED = (
     "plain, rate 0.1, scrambled", "plain, scrambled", "plain, rate 0.001, scrambled",
     "batch norm + pooling, scrambled",
 )  # fmt: skip
+ORIGINAL = dict(  # its validation and test accuracies, compared with ordered and scrambled pixels
+    zip(
+        (*RATES, VARIANT, *SCRAMBLED),
+        2 * ((0.5684, 0.5743), (0.7293, 0.6970), (0.5798, 0.5743), (0.7528, 0.7460)),
+    )
+)
 SCRAMBLED_CURVES = PLAIN, "plain, scrambled", VARIANT, "batch norm + pooling, scrambled"
 CHANGES = PLAIN, "batch norm, flattened", "global pooling, no batch norm", VARIANT
 REGULARISED = PLAIN, "plain, dropout 0.3", "plain, weight decay 0.0005", *CHANGES[1:]
@@ -393,7 +388,7 @@ def cell(column: str, runs: list[Record]) -> str:
     if column == "epochs":
         return str(len(runs[0]["history"]["val_accuracy"]))
     if column in (FIELD, PRODUCTS):
-        model = script.build_model(script.parse_args(shlex.split(runs[0]["command"])[2:]))
+        model = script.build_model(common.parse_command(script, runs[0]))
         field, products = receptive_field(model), multiply_adds(model)
         return f"{field} x {field}" if column == FIELD else f"{products / 1e6:.1f}"
     if column == EPOCH:
@@ -613,7 +608,7 @@ def filter_changes(records: Records, pixels: str) -> list[np.ndarray]:
     changes = []
     for run in scored(records[SEEN[pixels]]):
         if "filters" in run["analysis"]:
-            args = script.parse_args(shlex.split(run["command"])[2:])
+            args = common.parse_command(script, run)
             utils.seed_everything(args.seed)
             initial = analysis_q2.first_filters(script.build_model(args), args, {})
             changes.append(np.subtract(run["analysis"]["filters"], initial))
@@ -664,10 +659,11 @@ def count_errors(records: list[Record]) -> str | None:
     every, confident = (errors.sum() for errors in mean_errors(runs))
     conflicts = (run["analysis"]["label_conflicts"] for run in runs)
     count, wrong, certain = (statistics.mean(column) for column in zip(*conflicts))
+    share = wrong / every if every else 0
     return (
-        f"Of {every:.1f} errors (mean over seeds) {confident:.1f} are made with a probability of "
-        f"at least .9. {count:g} test images also occur among the training images with another "
-        f"label. They cause {wrong:.1f} errors ({wrong / every if every else 0:.1%} of all), "
+        f"The network makes {every:.1f} errors (mean over seeds), {confident:.1f} of them with a "
+        f"probability of at least .9. {count:g} test images also occur among the training images "
+        f"with another label. They cause {wrong:.1f} errors ({share:.1%} of all), "
         f"{certain:.1f} of them with such a probability."
     )
 
@@ -768,7 +764,7 @@ def draw_confident_errors(records: Records, thumbnails: Tensor) -> Figure | None
         axes.imshow(image.numpy(), interpolation="nearest")
         axes.axis("off")
         names = utils.CLASSES[true], utils.CLASSES[guess]
-        axes.set_title(f"{names[0]}\n{names[1]}\n{probability:.2f}", fontsize=10)
+        axes.set_title(f"{names[0]}\nnot {names[1]}\n{probability:.2f}", fontsize=10)
     return fig
 
 
@@ -835,10 +831,7 @@ def draw_dots(records: Records, labels: Iterable[str], colors: Sequence[str] = (
 def draw_locality(records: Records) -> Figure | None:
     """Test accuracies, a dot per run, of both networks on pixels in three orders."""
     colors = utils.BLUE, utils.VERMILION, utils.PURPLE  # ordered, scrambled, shuffled
-    fig = draw_dots(records, LOCALITIES, colors * len(LOCALITY))
-    if fig:  # the number of seeds is the same for all
-        fig.axes[0].set_yticklabels([label for label in LOCALITIES if scored(records[label])])
-    return fig
+    return draw_dots(records, LOCALITIES, colors * len(LOCALITY))
 
 
 def draw_shapes(records: Records) -> Figure | None:
@@ -853,7 +846,6 @@ def draw_shapes(records: Records) -> Figure | None:
     fig, axes = utils.new_figure(5.6, 3.0)
     best_first = sorted(groups, key=lambda name: -statistics.mean(groups[name]))
     common.plot_dots(axes, {name: groups[name] for name in best_first})
-    axes.set_yticklabels(best_first)  # the number of seeds is the same for all
     axes.set(xlabel="Validation accuracy")
     return fig
 

@@ -5,10 +5,8 @@ experiments | measures of a record | tables | figures
 
 import itertools
 import math
-import shlex
-from argparse import Namespace
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import scipy.stats
@@ -24,7 +22,12 @@ from figures.common import Experiment, Record, Records, markdown_table, mean_sd
 
 DATA_NAME = "pronunciations"
 P, K, BEAM_SIZE = 0.8, 3, 5  # the decoding settings of all runs
-DECODINGS = {"greedy": "greedy", "nucleus": f"nucleus, p = {P}", "beam": f"beam of {BEAM_SIZE}"}
+DECODINGS = {
+    "greedy": "greedy",
+    "nucleus": f"nucleus, p = {P}",
+    "beam": f"beam of {BEAM_SIZE}",
+    "lexicon": f"beam of {script.LEXICON_BEAM}, re-ranked by the list",
+}
 DECODING = f"--nucleus --beam_size {BEAM_SIZE}"
 PLAIN, ATTENTION = "no attention", "attention"
 TRAINED_BETTER, G2P = "attention, trained better", "pronunciation (g2p)"
@@ -80,8 +83,12 @@ EXPERIMENTS = (
     ),
     Experiment(SHIPPED, f"{RECIPE_ALL} --n_epochs 12", 1, "beyond", "us-all", extra=LISTED),
     Experiment(G2P, f"{RECIPE_BEST} --direction g2p", 2, "beyond"),
+    *(Experiment(name, RECIPE_BEST, 2, "beyond", data) for name, (data, _) in LANGUAGES.items()),
     *(
-        Experiment(name, f"{RECIPE_BEST} --lexicon {lexicon}", 2, "beyond", data, extra=LISTED)
+        Experiment(
+            f"{ATTENTION}, {name}", f"{step_arguments(0)} --lexicon {lexicon}", 2, "beyond", data,
+            extra=LISTED,
+        )
         for name, (data, lexicon) in LANGUAGES.items()
     ),
     *(
@@ -93,15 +100,10 @@ EXPERIMENTS = (
     ),
 )  # fmt: skip
 OTHERS = G2P, *LANGUAGES
-MAIN_RESULTS = ATTENTION, TRAINED_BETTER, BEST, ENSEMBLE, ALL, ALL_ENSEMBLE
+MAIN_RESULTS = ATTENTION, TRAINED_BETTER, BEST, ENSEMBLE, ALL, ALL_ENSEMBLE, SHIPPED
 LINE_STYLES = {  # of an experiment, the same in every figure
-    PLAIN: {"color": utils.BLUE, "linestyle": "--"},
+    PLAIN: {"color": "0.3", "linestyle": "--"},
     ATTENTION: {"color": utils.VERMILION},
-    TRAINED_BETTER: {"color": utils.PURPLE},
-    BEST: {"color": utils.BLUE},
-    ENSEMBLE: {"color": utils.SKY},
-    ALL: {"color": utils.GREEN},
-    ALL_ENSEMBLE: {"color": utils.ORANGE},
 }
 ORIGINAL = {  # (experiment, decoding): its test CER, WER, WER@3
     (PLAIN, "greedy"): (0.4354, 0.9040, None),
@@ -135,11 +137,6 @@ def is_scored(record: Record) -> bool:
 # measures of a record
 
 
-def parse_command(record: Record) -> Namespace:
-    """The arguments that a record's command gives."""
-    return script.parse_args(shlex.split(record["command"])[2:])
-
-
 def error(
     record: Record, decoding: str, measure: str, words: np.ndarray | slice = slice(None)
 ) -> float:
@@ -171,19 +168,35 @@ def interval(runs: list[Record], decoding: str, measure: str) -> tuple[float, fl
     return common.prediction_interval(errors, common.pooled_spread([errors]))
 
 
-def compare(records: Records, label: str, base: str, decoding: str, measure: str) -> str:
-    """The difference of an error rate between two experiments, paired by seed."""
+def long_words(record: Record) -> np.ndarray:
+    """The indices of the test words of five letters and more."""
+    return np.flatnonzero(np.array(record["analysis"]["lengths"]) >= 5)
+
+
+def short_words(record: Record) -> np.ndarray:
+    """The indices of the other test words."""
+    return np.flatnonzero(np.array(record["analysis"]["lengths"]) < 5)
+
+
+def compare(
+    records: Records, label: str, base: str, decoding: str, measure: str,
+    words: Callable[[Record], np.ndarray | slice] = lambda record: slice(None),
+) -> str:  # fmt: skip
+    """The difference of an error rate between two experiments, paired by seed; words: the indices
+    of the test words that count."""
     values, baseline = (
-        common.by_seed(records[x], lambda run: error(run, decoding, measure)) for x in (label, base)
+        common.by_seed(records[x], lambda run: error(run, decoding, measure, words(run)))
+        for x in (label, base)
     )
     return common.describe_difference(values, baseline)
 
 
-def compare_decodings(runs: list[Record], decoding: str, base: str, measure: str) -> str:
-    """The difference of an error rate between two ways of decoding, paired by seed."""
+def compare_decodings(runs: list[Record], score: tuple[str, str], base: tuple[str, str]) -> str:
+    """The difference of two error rates, each (decoding, measure), paired by seed, of the runs that
+    have both."""
+    runs = [run for run in runs if {score[0], base[0]} <= run["final"].keys()]
     values, baseline = (
-        common.by_seed(runs, lambda run, how=how: error(run, how, measure))
-        for how in (decoding, base)
+        common.by_seed(runs, lambda run, x=x: error(run, *x)) for x in (score, base)
     )
     return common.describe_difference(values, baseline)
 
@@ -196,6 +209,11 @@ def compare_means(
     errors = {x: [error(run, decoding, measure) for run in records[x]] for x in labels}
     spread = common.pooled_spread(errors.values())
     return common.unpaired_difference(errors[label], errors[base], spread)
+
+
+def beam_wer(runs: list[Record]) -> str:
+    """The mean and standard deviation of the WER of a beam of analysis_q3.N_CANDIDATES."""
+    return mean_sd([run["analysis"]["curves"]["beam"][0] for run in runs])
 
 
 def mean_error(runs: list[Record], decoding: str, measure: str) -> str:
@@ -298,7 +316,7 @@ def count_correct_examples(runs: list[Record]) -> str | None:
     examples = (run["final"]["nucleus"]["examples"] for run in runs)
     counts = [sum(word in spellings for word, spellings in rows) for rows in examples]
     original = sum(word in spellings for word, spellings in ORIGINAL_EXAMPLES.items())
-    seeds = ", ".join(str(parse_command(run).seed) for run in runs)
+    seeds = ", ".join(str(common.seed_of(run)) for run in runs)
     return (
         f"The original's samples contain {original} of the ten words, this report's "
         f"{', '.join(map(str, counts))} (seeds {seeds})."
@@ -336,9 +354,8 @@ def sampling_errors(
     of analysis_q3.sampling_errors."""
     table = defaultdict(dict)
     for run in runs:
-        seed = run["arguments"].get("seed", common.SEEDS[0])
         for temperature, p, *errors in run["analysis"].get("sampling", {}).get(version, ()):
-            table[temperature, p][seed] = errors[measure == "wer@3"]
+            table[temperature, p][common.seed_of(run)] = errors[measure == "wer@3"]
     return table
 
 
@@ -419,7 +436,7 @@ def trial_scores(record: Record) -> dict[str, str]:
 
 def draw_attention(runs: list[Record]) -> Figure | None:
     """The attention weights of the first run."""
-    return script.plot_attention(parse_command(runs[0]), runs[0]) if runs else None
+    return script.plot_attention(common.parse_command(script, runs[0]), runs[0]) if runs else None
 
 
 def draw_cer(records: Records, labels: Iterable[str]) -> Figure | None:
@@ -454,7 +471,7 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
         return None
     fig, axes = utils.new_figure()
     names = {"nucleus": DECODINGS["nucleus"], "beam": f"beam of {analysis_q3.N_CANDIDATES}"}
-    styles = {"color": utils.VERMILION}, {"color": utils.BLUE, "linestyle": "--"}
+    styles = {"color": utils.PURPLE}, {"color": utils.BLUE, "linestyle": "--"}
     for (decoding, name), style in zip(names.items(), styles):
         curves = [run["analysis"]["curves"][decoding] for run in runs]
         common.plot_bands(axes, curves, common.with_seeds(name, runs), ".", **style)
@@ -475,19 +492,18 @@ def draw_lexicon(runs: list[Record]) -> Figure | None:
     if not runs:
         return None
     fig, panels = utils.new_figure(5.0, 2.8, 1, 2, sharey=True)
-    size = runs[0]["final"]["lexicon"]["size"]
     for axes, name in zip(panels, ("in the list", "not in the list")):
-        for decoding, what, style in (
-            ("beam", DECODINGS["beam"], {"color": utils.BLUE, "linestyle": "--"}),
-            ("lexicon", f"beam of {size}, re-ranked by the list", {"color": utils.GREEN}),
+        for decoding, style in (
+            ("beam", {"color": utils.BLUE, "linestyle": "--"}),
+            ("lexicon", {"color": utils.GREEN}),
         ):
             values = [
                 [error(r, decoding, f"wer@{k}", listed_words(r)[name]) for k in range(1, 6)]
                 for r in runs
             ]
-            common.plot_bands(axes, values, what, ".", **style)
+            common.plot_bands(axes, values, DECODINGS[decoding], ".", **style)
         axes.set_title(f"{len(listed_words(runs[0])[name])} words {name}")
-        axes.set(xlabel="Candidates per word, k")
+        axes.set(xlabel="Candidates per word, k", xticks=range(1, 6))
     panels[0].set(ylabel="Test WER@k", ylim=(0, None))
     common.legend_above(fig, panels[0])
     return fig
@@ -502,7 +518,7 @@ def errors_by_words(records: Records, measure: str) -> dict[int, list[float]]:
 def draw_words(records: Records) -> Figure | None:
     """Test CER and WER against the number of training words, on logarithmic axes."""
     fig, axes = utils.new_figure(5.0, 3.2)
-    for measure, color in (("wer", utils.PURPLE), ("cer", utils.BLUE)):
+    for measure, color in (("wer", "black"), ("cer", "0.5")):
         if not (groups := errors_by_words(records, measure)):
             return None
         means = list(map(np.mean, groups.values()))
@@ -548,24 +564,31 @@ def draw_lengths(
             common.plot_bands(axes, runs, common.with_seeds(label, runs), ".", **style)
         axes.set(ylabel=f"Test {measure.upper()}")
     panels[2].bar(steps, list(map(len, groups)), color="0.7")
-    panels[2].set(ylabel="Test words")
+    panels[2].set(ylabel="Test words", xticks=steps)
     panels[2].set(xlabel=f"Letters per word ({shortest}: or fewer, {longest}: or more)")
     common.legend_above(fig, panels[0])
     return fig
 
 
 def draw_main_results(records: Records) -> Figure | None:
-    """Test WER, greedy with the original's, and of a beam, a dot per run; None without runs beyond
-    the original's."""
-    shown = [label for label in MAIN_RESULTS if records[label]]
-    if not set(shown) - {ATTENTION}:
+    """Test WER of three ways of decoding, a dot per run, and the original's, greedy; None without
+    runs beyond the original's."""
+    shown = {label: runs for label in MAIN_RESULTS if (runs := records[label])}
+    if not shown.keys() - {ATTENTION}:
         return None
-    fig, panels = utils.new_figure(5.6, 4.4, 2, 1, sharex=True)
-    for axes, decoding in zip(panels, ("greedy", "beam")):
-        groups = {label: [error(run, decoding, "wer") for run in records[label]] for label in shown}
-        common.plot_dots(axes, groups)
-        axes.set(title=DECODINGS[decoding])
-    original = ORIGINAL[ATTENTION, "greedy"][1]
-    common.mark_original(panels[0], original)
-    panels[1].set(xlabel="Test WER")
+    fig, axes = utils.new_figure(5.6, 3.8)
+    ways = {"greedy": utils.ORANGE, "beam": utils.BLUE, "lexicon": utils.GREEN}
+    for y, runs in enumerate(shown.values()):
+        for shift, (way, color) in zip((-0.25, 0, 0.25), ways.items()):
+            if errors := [error(run, way, "wer") for run in runs if way in run["final"]]:
+                style = {"color": color, "markersize": 5, "alpha": 0.6}
+                name = None if y else DECODINGS[way]
+                axes.plot(errors, [y + shift] * len(errors), "o", label=name, **style)
+                axes.plot(np.mean(errors), y + shift, "|", color="black", markersize=9)
+    names = [common.with_seeds(x, runs) if len(runs) > 1 else x for x, runs in shown.items()]
+    axes.set_yticks(range(len(shown)), names)
+    axes.set(xlabel="Test WER", ylim=(len(shown) - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
+    common.mark_original(axes, ORIGINAL[ATTENTION, "greedy"][1])
+    common.legend_above(fig, axes, 3)
     return fig

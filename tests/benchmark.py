@@ -436,8 +436,8 @@ def readme_table(results):
 def gpu_sentence(results):
     """What the measurements on a GPU say, as in figures/speed.md."""
     return "; ".join(
-        f"{name}: {1e3 * row['CUDA graphs']:.1f} ms, {1e3 * row['eager']:.1f} ms without"
-        for name, row in results["steps"].items()
+        f"{name}: {1e3 * s['CUDA graphs']:.1f} ms with graphs, {1e3 * s['eager']:.1f} ms without"
+        for name, s in results["steps"].items()
     )
 
 

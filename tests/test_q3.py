@@ -719,5 +719,5 @@ def test_the_best_speller_is_chosen(copied, tmp_path, words):
     assert chosen("--checkpoint_name", "q3-sample.pt") == ("the built-in SAMPLE", "0.0500")
     save("pronunciations", 0.3, "of other words")
     assert chosen() == ("your words", "0.3000")
-    with pytest.raises(utils.UserError, match=r"train one first: python hw2_q3\.py --use_attn;"):
+    with pytest.raises(utils.UserError, match=r"python hw2_q3\.py --use_attn --data_dir \S+ --out"):
         chosen("--data_dir", words)

@@ -84,10 +84,11 @@ attention, nucleus sampling: CER / WER / WER@3 | .3139 / .8550 / .7550
 | {rates(q3.ATTENTION, "nucleus")} |
 attention, beam of 5: CER / WER / WER@3 | – | {rates(q3.ATTENTION, "beam")}
 | `--recipe best`: {rates(q3.BEST, "beam")}
-the same, all of WikiPron's US English: CER / WER / WER@3 | – | | {wikipron}
+the same, trained on all of WikiPron's US English: CER / WER / WER@3 | – | | {wikipron}
 beam of 30, re-ranked by `--lexicon en`: CER / WER / WER@3 | –
 | {rates(q3.ATTENTION, "lexicon")} | `--recipe best`: {rates(q3.BEST, "lexicon")}
-the same, the shipped model (one run): CER / WER / WER@3 | – | | {rates(q3.SHIPPED, "lexicon")}
+the same, the shipped model (all of WikiPron, one run): CER / WER / WER@3 | – |
+| {rates(q3.SHIPPED, "lexicon")}
 """
     table = [line for line in README.splitlines() if line.startswith("|")]
     expected = rows.replace("\n|", " |").strip().splitlines()
@@ -243,14 +244,19 @@ def test_thumbnails_show_the_most_confident_errors(tmp_path, monkeypatch, landsc
     images = landscapes.splits["test"][0][[2, 1, *range(6), 5]].permute(0, 2, 3, 1)
     assert torch.equal(q2.load_thumbnails(path), images)
     titles = [axes.get_title() for axes in q2.draw_confident_errors(records, images).axes]
-    assert titles[:3] == ["buildings\nforest\n0.80", "buildings\nforest\n0.70", ""]
+    assert titles[:3] == ["buildings\nnot forest\n0.80", "buildings\nnot forest\n0.70", ""]
 
 
 def test_what_a_list_gains_by_hand():
     """Of four words the list corrects two and spoils none; s = .577, 1.96 s / sqrt(4) = .566."""
     lexicon = {"ranks": [1, 1, 1, 1], "listed": [1, 1, 1, 0]}
-    run = {"final": {"beam": {"ranks": [1, 0, 2, 1]}, "lexicon": lexicon}}
+    run = {"final": {"beam": {"ranks": [1, 0, 2, 1]}, "lexicon": lexicon}, "arguments": {}}
     assert q3.lexicon_gain(run) == "-0.500 [-1.066, +0.066]"
+    unlisted = {"final": {"beam": {"ranks": [1, 1, 1, 1]}}, "arguments": {"seed": 1}}
+    assert (
+        q3.compare_decodings([run, unlisted], ("lexicon", "wer"), ("beam", "wer"))
+        == "-0.500, 1 pair of seeds"
+    )
     assert q3.lexicon_table({"x": [run]}).splitlines()[2:] == [
         "| x | 4 words, all | 0.500 | 0.000 | 0.250 | 0.000 | 1 |",
         "| x | 3 words, in the list | 0.667 | 0.000 | 0.333 | 0.000 | 1 |",
