@@ -37,7 +37,7 @@ PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
 KEPT = "batch norm + pooling, last batch kept"
 ORIGINAL_10, BEST_20 = "the original's recipe, 10 epochs", "best recipe, 20 epochs"
 BEST, NOT_ERASED = "best recipe", "best recipe without erasing"
-RESNET_20, BEST_RESNET = "residual network, 20 epochs, no erasing", "residual network"
+RESNET_20, BEST_RESNET = "residual, 20 epochs, no erasing", "residual network"
 UNSMOOTHED = "without label smoothing"
 ADDED = {  # to the original's recipe
     "with momentum": "-momentum 0.9",
@@ -764,7 +764,7 @@ def draw_confident_errors(records: Records, thumbnails: Tensor) -> Figure | None
         axes.imshow(image.numpy(), interpolation="nearest")
         axes.axis("off")
         names = utils.CLASSES[true], utils.CLASSES[guess]
-        axes.set_title(f"{names[0]}\nnot {names[1]}\n{probability:.2f}", fontsize=10)
+        axes.set_title(f"{names[0]}\nnot {names[1]}\n{probability:.2f}", fontsize=8)
     return fig
 
 
