@@ -835,7 +835,7 @@ def finished_record(run: Run, args: Namespace) -> dict[str, Any]:
         same &= beam.get("size") == args.beam_size
         same &= f"wer@{min(args.k, args.beam_size)}" in beam
     if args.lexicon is not None:
-        lexicon, size = final.get("lexicon", {}), max(LEXICON_BEAM, args.beam_size or 0)
+        lexicon, size = final.get("lexicon", {}), lexicon_beam(args)
         same &= (lexicon.get("name"), lexicon.get("size")) == (args.lexicon, size)
         same &= f"wer@{min(args.k, size)}" in lexicon
     return record if same else {}
@@ -855,28 +855,37 @@ def score(speller: Speller, pairs: list[tuple], args: Namespace) -> dict[str, An
         final["nucleus"]["examples"] = examples[:N_EXAMPLES]
     if args.beam_size:
         beam, k = speller.beam(encoded, args.beam_size, max_len), min(k, args.beam_size)
-        examples = [[w, [[s, round(x, 3)] for s, x in row[:k]]] for w, row in zip(true, beam)]
-        scores = score_candidates(spellings(beam), true, k, split)
-        final["beam"] = {"size": args.beam_size} | scores | {"examples": examples[:N_EXAMPLES]}
+        final["beam"] = {"size": args.beam_size} | score_beam(beam, true, k, split)
     return final
+
+
+def score_beam(
+    beam: list[list[tuple[str, float]]], true: list[str], k: int, split: Callable = list
+) -> dict[str, Any]:
+    """`score_candidates` of words' (spelling, log-probability), and examples of the k best."""
+    rows = zip(true[:N_EXAMPLES], beam)
+    examples = [[word, [[s, round(x, 3)] for s, x in row[:k]]] for word, row in rows]
+    return score_candidates(spellings(beam), true, k, split) | {"examples": examples}
+
+
+def lexicon_beam(args: Namespace) -> int:
+    """The size of the beam that --lexicon re-ranks."""
+    return max(LEXICON_BEAM, args.beam_size or 0)
 
 
 def score_lexicon(speller: Speller, data: Pronunciations, args: Namespace) -> dict[str, Any]:
     """Test scores of a beam's spellings re-ranked by --lexicon, with weights chosen on the
     validation words; 'listed': whether the list has each true word. Raises UserError."""
-    lexicon, size = load_lexicon(args.lexicon), max(LEXICON_BEAM, args.beam_size or 0)
+    lexicon, size = load_lexicon(args.lexicon), lexicon_beam(args)
     val, test = (speller.encode(directed_pairs(args, data, split)) for split in ("val", "test"))
     unsmoothed = speller.unsmoothed()
     val_beam, test_beam = (unsmoothed.beam(pairs, size, args.max_len) for pairs in (val, test))
     reranker = fit_reranker(val_beam, val.spellings, lexicon)
-    true, k = test.spellings, min(args.k, size)
     ranked = [[c[:2] for c in row] for row in reranker.rerank(test_beam)]
     about = {"name": lexicon.name, "source": lexicon.source, "size": size}
     about["weights"] = to_record(reranker.weights)
-    about["listed"] = [int(lexicon.log_frequency(word) is not None) for word in true]
-    examples = [[w, [[s, round(x, 3)] for s, x in row[:k]]] for w, row in zip(true, ranked)]
-    scores = score_candidates(spellings(ranked), true, k)
-    return about | scores | {"examples": examples[:N_EXAMPLES]}
+    about["listed"] = [int(lexicon.log_frequency(word) is not None) for word in test.spellings]
+    return about | score_beam(ranked, test.spellings, min(args.k, size))
 
 
 def make_generator(args: Namespace, device: torch.device) -> torch.Generator:
@@ -1104,8 +1113,8 @@ def decode(
     """Candidates (spelling, log-probability, score) of words, by the decoding asked for."""
     pairs = speller.encode([(reading, "") for reading in readings])
     if reranker:
-        size = max(LEXICON_BEAM, args.beam_size or 1)
-        return reranker.rerank(speller.unsmoothed().beam(pairs, size, args.max_len))
+        beam = speller.unsmoothed().beam(pairs, lexicon_beam(args), args.max_len)
+        return reranker.rerank(beam)
     if args.beam_size:
         rows = speller.beam(pairs, args.beam_size, args.max_len)
     elif args.nucleus:
