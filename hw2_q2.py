@@ -778,9 +778,10 @@ def main(argv: list[str] | None = None) -> None:
     elif args.predict:
         predict_files(args)
     else:
-        is_cpu = (args.device or utils.default_device()).startswith("cpu")
-        if args.precision == "bfloat16" and is_cpu and not utils.bfloat16_is_faster():
-            print("float32 is faster than bfloat16 on this processor", file=sys.stderr)
+        if args.precision == "bfloat16":
+            device = utils.prepare_device(args.device, args.threads)
+            if device.type == "cpu" and not utils.bfloat16_is_faster():
+                print("float32 is faster than bfloat16 on this processor", file=sys.stderr)
         configs = utils.expand(args, "learning_rate", "seed")
         if len(configs) > 1:
             utils.train_side_by_side(sys.modules[__name__], configs)

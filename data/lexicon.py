@@ -76,14 +76,12 @@ def read_counts(path: Path) -> dict[str, float]:
     """{word: summed count} of a UTF-8 file; a word without a count counts 1. Raises UserError,
     naming file and line."""
     counts = {}
-    with open(path, "rb") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for i, line in enumerate(itertools.islice(file, MAX_WORDS + 1), 1):
             if i > MAX_WORDS:
                 raise UserError(f"{path}: has more than {MAX_WORDS:,} lines")
             try:
-                word, count = parse_line(line.decode("utf-8-sig" if i == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise UserError(f"{path}, line {i}: not UTF-8; save it as UTF-8 text")
+                word, count = parse_line(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {i}: {error}")
             if word:
@@ -97,6 +95,8 @@ def read_counts(path: Path) -> dict[str, float]:
 
 def parse_line(line: str) -> tuple[str, float]:
     """A word, '' in a blank line, and its count. Raises ValueError."""
+    if re.search("[\udc80-\udcff]", line):  # bytes that the file was opened to keep
+        raise ValueError("not UTF-8; save it as UTF-8 text")
     if len(line) > utils.MAX_SYMBOLS:
         raise ValueError(f"a line of more than {utils.MAX_SYMBOLS:,} characters")
     word, tab, count = line.partition("\t")

@@ -130,7 +130,7 @@ EMA_DECAY = 0.999  # per step: an average over the last thousand steps or so
 
 
 def score_every_epoch(_: nn.Module, args: Namespace, splits: Splits) -> dict[str, list[float]]:
-    """Train the network anew, to the same bits, and measure each epoch's validation accuracy three
+    """Train the network again, to the same bits, and measure each epoch's validation accuracy three
     times: with its weights 'as they are', with batch norm's 'statistics' recomputed on the training
     images, and with an exponential moving 'average' of weights and statistics."""
     images, labels = splits["train"]

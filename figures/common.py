@@ -44,13 +44,13 @@ class Experiment:
     extra: tuple[str, ...] = ()
 
 
-# ----------------------------------------------------------------------------------------------
-# statistics
-
-
 def parse_command(script: ModuleType, record: Record) -> Namespace:
     """The arguments that a record's command gives its script."""
     return script.parse_args(shlex.split(record["command"])[2:])
+
+
+# ----------------------------------------------------------------------------------------------
+# statistics
 
 
 def scored(records: list[Record]) -> list[Record]:

@@ -230,7 +230,7 @@ def load_thumbnails(path: Path) -> Tensor:
             sheet = torch.from_numpy(np.array(image.convert("RGB")))  # (48, N * 48, 3)
         return sheet.unflatten(1, (-1, utils.SIZE)).transpose(0, 1)
     except (OSError, RuntimeError):
-        raise utils.UserError(f"{path}: damaged; --thumbnails writes it anew")
+        raise utils.UserError(f"{path}: damaged; --thumbnails writes it again")
 
 
 # ----------------------------------------------------------------------------------------------

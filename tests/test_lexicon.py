@@ -41,7 +41,7 @@ def rerank(row, *weights):
         ("Sol\t1\nsol\t2.5\nsol\t0.5\n", {"Sol": 0.25, "sol": 0.75}),
         ("cafe\u0301\nice cream\t\n", {"café": 0.5, "ice cream": 0.5}),
         ("10,000\t 5\ncatch 22\t5\n", {"10,000": 0.5, "catch 22": 0.5}),
-        ("世界\n10\n", {"世界": 0.5, "10": 0.5}),
+        ("世界\r10\r", {"世界": 0.5, "10": 0.5}),
     ],
 )
 def test_a_file_of_words_with_and_without_counts(tmp_path, content, frequencies):
