@@ -68,8 +68,8 @@ def _normalised(name: str, source: str, counts: dict[str, float]) -> Lexicon:
     total = sum(counts.values())
     if total == math.inf:
         raise UserError(f"{name}: its counts are too large")
-    log_frequencies = {word: math.log(count) - math.log(total) for word, count in counts.items()}
-    return Lexicon(name, source, log_frequencies)
+    log_frequencies = np.log(np.fromiter(counts.values(), float)) - math.log(total)
+    return Lexicon(name, source, dict(zip(counts, log_frequencies.tolist())))
 
 
 def read_counts(path: Path) -> dict[str, float]:
