@@ -448,7 +448,8 @@ def draw(path, results):
     steps, *others = grid.flat
     for i, (who, color) in enumerate(zip(results["steps"]["plain"], colors, strict=True)):
         values = [1e3 * row[who] for row in results["steps"].values()]
-        bars = steps.bar([i * 0.16, 1 + i * 0.16], values, 0.15, color=color, label=who)
+        label = who.replace("ours", "this project")
+        bars = steps.bar([i * 0.16, 1 + i * 0.16], values, 0.15, color=color, label=label)
         steps.bar_label(bars, fmt="%.1f", fontsize=6.5)
     steps.legend(fontsize=6.5)
     steps.set_xticks([0.32, 1.32], results["steps"])
