@@ -1,4 +1,4 @@
-"""Making the data files: photographs, pronunciations, and the sample used where there are none."""
+"""Preparation of the data files. Here: the download that both preparations share."""
 
 import shutil
 import urllib.request

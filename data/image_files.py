@@ -80,8 +80,9 @@ def _open_image(file: Any) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """`image` in mode RGB, in 8 bits, what is transparent over white. An image can have 0.7 GB: it
     is copied only where its mode changes."""
-    if image.mode == "F":  # convert() would turn 0..1 into black
-        raise ValueError("its pixels are floats of unknown range")
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        kind = "floats" if image.mode == "F" else "integers"  # 0..1 and 0..255 would become black
+        raise ValueError(f"its pixels are {kind} of unknown range")
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
         levels = np.asarray(image)
         opaque = levels != image.info.get("transparency", -1)
@@ -170,5 +171,5 @@ def files_below(folder: Path) -> list[Path]:
             paths = (Path(parent, name) for name in folders)
             starts += [path for path in paths if path.is_symlink()]
             files += [Path(parent, name) for name in names if not is_hidden(name)]
-    other = (path for path in files if os.path.exists(path) and not os.path.isfile(path))
-    return sorted(set(files).difference(other))  # broken links are left, to be named
+    # Broken links are left, to be named.
+    return sorted(path for path in files if os.path.isfile(path) or not os.path.exists(path))

@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.sample import IPA as ARPABET
-from data.sample import to_ipa
+from data.sample import ARPABET_TO_IPA, to_ipa
 from utils import MAX_SYMBOLS, UserError, printable, user_errors
 
 # ----------------------------------------------------------------------------------------------
@@ -29,7 +28,7 @@ from utils import MAX_SYMBOLS, UserError, printable, user_errors
 
 
 class Text(NamedTuple):
-    """What was read of a line."""
+    """A line and its words."""
 
     line: str
     words: list[list[tuple[str, ...]]]  # each word's readings: several if it has optional sounds
@@ -217,7 +216,7 @@ class PhonemeReader:
 
 def is_phone(token: str) -> bool:
     """Whether a token is an ARPAbet symbol, with or without commas or quotation marks around it."""
-    return token.strip(IGNORED).upper().rstrip("012") in ARPABET
+    return token.strip(IGNORED).upper().rstrip("012") in ARPABET_TO_IPA
 
 
 def arpabet(tokens: list[str]) -> list[str]:

@@ -87,7 +87,7 @@ def split_rows(text: str, name: str) -> list[tuple[int, str, str]]:
     return rows
 
 
-def split_line(line: str, separator: str | None, where: str) -> Pair:
+def split_line(line: str, separator: str | None, where: str) -> tuple[str, str]:
     """The two fields of a line; separator: None in CMUdict. Raises UserError."""
     entry = CMUDICT.fullmatch(line.rstrip()) if separator is None else None
     try:

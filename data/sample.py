@@ -179,7 +179,7 @@ def _road(canvas, rng, horizon):
 
 # ARPAbet, the CMU dictionary's alphabet, in IPA. Vowels have a stress digit in the dictionary; only
 # for AH and ER does it change the sound.
-IPA = {
+ARPABET_TO_IPA = {
     "AA": "ɑ", "AE": "æ", "AH": "ʌ", "AH0": "ə", "AO": "ɔ", "AW": "aʊ", "AY": "aɪ", "B": "b",
     "CH": "t͡ʃ", "D": "d", "DH": "ð", "EH": "ɛ", "ER": "ɝ", "ER0": "ɚ", "EY": "eɪ", "F": "f",
     "G": "ɡ", "HH": "h", "IH": "ɪ", "IY": "i", "JH": "d͡ʒ", "K": "k", "L": "l", "M": "m",
@@ -207,4 +207,4 @@ def choose_pronunciations(seed: int = 0) -> Pronunciations:
 
 def to_ipa(phone: str) -> str:
     """An ARPAbet symbol, with or without its stress digit, in IPA."""
-    return IPA.get(phone) or IPA[phone.rstrip("012")]
+    return ARPABET_TO_IPA.get(phone) or ARPABET_TO_IPA[phone.rstrip("012")]

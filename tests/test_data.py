@@ -7,7 +7,6 @@ import io
 import os
 import re
 import shutil
-import stat
 import sys
 import threading
 import zipfile
@@ -171,6 +170,7 @@ def test_formats_that_pillow_lacks_do_not_affect_the_others(monkeypatch):
     ("text", r"not a readable image \(.*convert to JPEG"),
     ("header", r"not a readable image \("),
     ("floats", r"not a readable image \(.*floats of unknown range"),
+    ("integers", r"not a readable image \(.*integers of unknown range"),  # of 32 bits
     ("missing", "no such file"),
     (".", "not a file"),
 ])  # fmt: skip
@@ -178,6 +178,7 @@ def test_bad_images_are_named(name, message):
     Path("text").write_bytes(b"hello")
     Path("header").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
     Image.new("F", (60, 60), 0.5).save("floats", "tiff")
+    Image.new("I", (60, 60), 200).save("integers", "tiff")
     with pytest.raises(UserError, match=f"^{re.escape(name)}: {message}"):
         read_image(name)
 
@@ -440,16 +441,11 @@ def without(part):
     return {name: content for name, content in ENTRIES.items() if part not in name}
 
 
-NAME, LINK_MODE = f"{TRAIN}/sea/x.png", (stat.S_IFLNK | 0o777) << 16
+NAME = f"{TRAIN}/sea/x.png"
 BROKEN_SEA = {f"{TRAIN}/sea/{i}.png": b"?" for i in range(15)}
 
 
 @cases("entries, message", {
-    "a parent path": (with_entry("seg_train/../../sea/x.png"), "points outside"),
-    "a parent path, backslashes": (with_entry("seg_train\\..\\..\\x.png"), "points outside"),
-    "an absolute path": (with_entry("/seg_train/sea/x.png"), "points outside"),
-    "a drive": (with_entry("C:/seg_train/sea/x.png"), "points outside"),
-    "a link": (with_entry(NAME, b"/etc/passwd", external_attr=LINK_MODE), "is a link"),
     "a huge entry": (with_entry(NAME, bytes(65 * 2**20)), "unpacks to 65 MiB"),
     "a later zip version": (with_entry(NAME, extract_version=99), "not a readable zip"),
     "text": (b"hello", "not a readable zip"),
@@ -822,4 +818,4 @@ def test_sample_pronunciations():
     assert data.fingerprint != sample.choose_pronunciations(seed=1).fingerprint
     assert_split(data, *sample.PAIR_COUNTS.values())
     phonemes = {phoneme for sound, _ in data.splits["train"] for phoneme in sound}
-    assert phonemes == set(sample.IPA.values())
+    assert phonemes == set(sample.ARPABET_TO_IPA.values())
