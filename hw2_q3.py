@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import utils
 from data import notation, sample
-from data.lexicon import Reranker, Weights, fit_reranker, from_record, load_lexicon, to_record
+from data.lexicon import Reranker, Weights, fit_reranker, load_lexicon
 from utils import Pronunciations, Run, UserError
 
 SPECIAL = ("<pad>", "<unk>", "<start>", "<end>")
@@ -47,7 +47,7 @@ PAD, UNK, START, END = range(len(SPECIAL))  # decoders never emit those before E
 
 
 class Memory(NamedTuple):
-    """What attention reads of the encoder."""
+    """The encoder's outputs that attention reads."""
 
     values: Tensor  # (B, S, H), the encoder's outputs
     keys: Tensor  # (B, S, H), their projections, computed once
@@ -883,7 +883,7 @@ def score_lexicon(speller: Speller, data: Pronunciations, args: Namespace) -> di
     reranker = fit_reranker(val_beam, val.spellings, lexicon)
     ranked = [[c[:2] for c in row] for row in reranker.rerank(test_beam)]
     about = {"name": lexicon.name, "source": lexicon.source, "size": size}
-    about["weights"] = to_record(reranker.weights)
+    about["weights"] = reranker.weights.to_json()
     about["listed"] = [int(lexicon.log_frequency(word) is not None) for word in test.spellings]
     return about | score_beam(ranked, test.spellings, min(args.k, size))
 
@@ -1083,7 +1083,8 @@ def recorded_lexicon(
         try:
             with utils.user_errors(f"{path}: its list of words is not used"):
                 if found := utils.load_record(path).get("final", {}).get("lexicon"):
-                    return {"name": str(found["name"]), "weights": from_record(found["weights"])}
+                    weights = Weights.from_json(found["weights"])
+                    return {"name": str(found["name"]), "weights": weights}
         except UserError as error:
             print(error, file=sys.stderr)
     return {}

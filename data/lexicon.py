@@ -123,17 +123,29 @@ class Weights:
     capital: float = 0.5  # taken from a listed word with a capital that the list does not have
     margin: float = 5.0  # a spelling less probable than the best by more is not considered
 
+    def to_json(self) -> dict[str, float | None]:
+        """The weights as JSON has them: no margin is None."""
+        return {k: None if v == math.inf else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, content: dict[str, float | None]) -> "Weights":
+        """The weights of `to_json`. Raises TypeError or ValueError if it has others."""
+        weights = cls(**{k: math.inf if v is None else float(v) for k, v in content.items()})
+        if any(math.isnan(value) for value in asdict(weights).values()):
+            raise ValueError("a weight is not a number")
+        return weights
+
 
 GRID = [
     Weights(*values)
     for values in itertools.product(
-        [i / 10 for i in range(6)], range(15, -1, -1), (0.0, 0.5, 1.0), (3.0, 4.0, 5.0, math.inf)
+        (0.5, 0.4, 0.3, 0.2, 0.1, 0.0), range(16), (1.0, 0.5, 0.0), (math.inf, 5.0, 4.0, 3.0)
     )
 ]
 
 
 def features(candidates: list[Row], lexicon: Lexicon) -> tuple[np.ndarray, ...]:
-    """Of words' candidates, best first, arrays (N, K): log-probabilities, -inf where there are
+    """Arrays (N, K) of words' candidates, best first: log-probabilities, -inf where there are
     fewer than K; log frequencies, nan for unlisted words; whether the list lacks the capital."""
     shape = len(candidates), max(map(len, candidates))
     log_probs, frequencies = np.full(shape, -np.inf), np.full(shape, np.nan)
@@ -150,7 +162,8 @@ def score(
     log_probs: np.ndarray, frequencies: np.ndarray, is_capital: np.ndarray, weights: Weights
 ) -> np.ndarray:
     """Scores (N, K) of candidates with these `features`: log p(spelling | phonemes) + weighted log
-    frequency, a log-linear model of two terms. -inf beyond the margin."""
+    frequency - penalty for a capital, or, for an unlisted word, - its penalty. -inf beyond the
+    margin."""
     listed = weights.frequency * frequencies - weights.capital * is_capital
     scores = log_probs + np.where(np.isnan(frequencies), -weights.unlisted, listed)
     return np.where(log_probs < log_probs[:, :1] - weights.margin, -np.inf, scores)
@@ -186,17 +199,4 @@ def fit_reranker(candidates: list[Row], true: list[str], lexicon: Lexicon) -> Re
         first = score(*columns, weights).argmax(1)
         return is_true[np.arange(len(first)), first].sum()
 
-    return Reranker(lexicon, max(reversed(GRID), key=correct))
-
-
-def to_record(weights: Weights) -> dict[str, float | None]:
-    """The weights in a form that JSON has: no margin is None."""
-    return {k: None if v == math.inf else v for k, v in asdict(weights).items()}
-
-
-def from_record(record: dict[str, float | None]) -> Weights:
-    """The weights of `to_record`. Raises TypeError or ValueError if it has others."""
-    weights = Weights(**{k: math.inf if v is None else float(v) for k, v in record.items()})
-    if any(math.isnan(value) for value in asdict(weights).values()):
-        raise ValueError("a weight is not a number")
-    return weights
+    return Reranker(lexicon, max(GRID, key=correct))

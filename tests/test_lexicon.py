@@ -140,8 +140,8 @@ def test_weights_are_chosen_by_validation_words_and_prefer_frequent_words():
     assert 1.25 < reranker.weights.unlisted - reranker.weights.frequency * math.log(2) < 2.25
     assert fit_reranker(rows, ["sie"] * 10, listed).rerank(rows)[0][0][0] == "sie"
     for weights in (reranker.weights, Weights(margin=math.inf)):
-        record = json.loads(json.dumps(lexicon.to_record(weights)))
-        assert lexicon.from_record(record) == weights
+        record = json.loads(json.dumps(weights.to_json()))
+        assert lexicon.Weights.from_json(record) == weights
 
 
 @pytest.fixture(scope="module")
