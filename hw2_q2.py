@@ -778,11 +778,12 @@ def main(argv: list[str] | None = None) -> None:
     elif args.predict:
         predict_files(args)
     else:
+        configs = utils.expand(args, "learning_rate", "seed")
         if args.precision == "bfloat16":
-            device = utils.prepare_device(args.device, args.threads)
+            threads = args.threads or (1 if len(configs) > 1 else None)  # of a run
+            device = utils.prepare_device(args.device, threads)
             if device.type == "cpu" and not utils.bfloat16_is_faster():
                 print("float32 is faster than bfloat16 on this processor", file=sys.stderr)
-        configs = utils.expand(args, "learning_rate", "seed")
         if len(configs) > 1:
             utils.train_side_by_side(sys.modules[__name__], configs)
         else:

@@ -1,6 +1,7 @@
-"""What both questions share.
+"""Utilities that both questions share.
 
-errors, options | seeding, devices | data | records, checkpoints | runs side by side | plotting
+errors, options | seeding, devices | training | data | records, checkpoints | runs side by side |
+plotting
 """
 
 import argparse
@@ -128,9 +129,8 @@ def number(
             value = kind(text)
         except ValueError:
             value = math.nan  # which is in no interval
-        is_above = low < value if low_open else low <= value
-        is_below = value < high if high_open else value <= high
-        if not (is_above and is_below):
+        is_open_end = (low_open and value == low) or (high_open and value == high)
+        if is_open_end or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} in {interval}")
         return value
 
@@ -225,7 +225,7 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         message, status = f"error: {error}", 2
     except KeyboardInterrupt:
-        message = "interrupted; run the same command again to resume training, without restart"
+        message = "interrupted; if it was training, the same command without restart resumes it"
         status = 130
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -326,6 +326,10 @@ def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
             quota, period = " ".join((cgroup / name).read_text() for name in names).split()
             return math.inf if quota in ("max", "-1") else int(quota) / int(period)
     return math.inf
+
+
+# ----------------------------------------------------------------------------------------------
+# training
 
 
 class FastDropout(nn.Dropout):
@@ -465,7 +469,7 @@ class Pronunciations:
     splits: dict[str, list[tuple[tuple[str, ...], str]]]  # such as (('k', 'æ', 't'), 'cat')
     name: str = "pronunciations"  # or 'sample', or the name of a folder in data/
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that depend on every symbol."""
         text = json.dumps([self.splits[split] for split in SPLITS])
@@ -477,7 +481,7 @@ def load_pronunciations(folder: Path) -> Pronunciations:
     spaces, TAB, spelling. Raises UserError, naming file and line, otherwise."""
     splits = {}
     for split, name in (("train", "train.tsv"), ("val", "valid.tsv"), ("test", "test.tsv")):
-        pairs = read_tsv(path := Path(folder) / name)
+        pairs = read_tsv(path := folder / name)
         swapped = [" " not in first and len(first) > 3 and " " in second for first, second in pairs]
         if 2 * sum(swapped) > len(pairs):
             raise UserError(f"{path}: phonemes come first, then the spelling; swap the columns")
