@@ -1,10 +1,11 @@
-"""What only the report measures of question 2's finished networks.
+"""Measurements of question 2's finished networks that only the report needs.
 
 of every network | of some experiments
 """
 
 import copy
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -50,14 +51,11 @@ def analyse(
 def label_conflicts(test: tuple[Tensor, Tensor], training: tuple[Tensor, Tensor]) -> Tensor:
     """Which test images (N,) also occur among the training images with another label. Both:
     images uint8 (N, 3, 48, 48) and labels (N,)."""
-    indices = {}  # of each test image's bytes
-    for i, image in enumerate(test[0].cpu().numpy()):
-        indices.setdefault(image.tobytes(), []).append(i)
-    conflicts, labels = torch.zeros(len(test[1]), dtype=torch.bool), test[1].tolist()
+    training_labels = defaultdict(set)  # by image
     for image, label in zip(training[0].cpu().numpy(), training[1].tolist()):
-        for i in indices.get(image.tobytes(), ()):
-            conflicts[i] |= label != labels[i]
-    return conflicts
+        training_labels[image.tobytes()].add(label)
+    pairs = zip(test[0].cpu().numpy(), test[1].tolist())
+    return torch.tensor([bool(training_labels[x.tobytes()] - {label}) for x, label in pairs])
 
 
 def calibration_metrics(

@@ -1,4 +1,4 @@
-"""What only the report measures of question 3's finished models."""
+"""Measurements of question 3's finished models that only the report needs."""
 
 import itertools
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""What the reports on both questions share: experiments | statistics | tables | figures."""
+"""Utilities of the reports on both questions: experiments | statistics | tables | figures."""
 
 import math
 import shlex
@@ -109,7 +109,7 @@ def difference(values: dict[int, float], baseline: dict[int, float]) -> str:
 
 
 def unpaired_difference(values: Sequence[float], baseline: Sequence[float], spread: Spread) -> str:
-    """'difference of means [95 % confidence interval]' of two systems' runs with a common spread
+    """'difference of means [95 % confidence interval]' of two experiments with a common spread
     (Student's t)."""
     if not values or not baseline:
         return "–"
@@ -185,6 +185,14 @@ def legend_above(fig: Figure, axes: Axes, columns: int = 2) -> None:
     fig.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
 
 
+def interval_cells(bounds: tuple[float, float] | None, original: float | None) -> tuple[str, str]:
+    """A prediction interval, and whether it contains the original's value; a dash if unknown."""
+    text = "{:.3f} to {:.3f}".format(*bounds) if bounds else "–"
+    if bounds is None or original is None:
+        return text, "–"
+    return text, "yes" if bounds[0] <= original <= bounds[1] else "no"
+
+
 def with_seeds(label: str, runs: Sequence) -> str:
     """A label with the number of seeds."""
     return f"{label} ({len(runs)} seed{'s' * (len(runs) > 1)})"
@@ -223,7 +231,7 @@ def plot_experiment(
         plot_bands(axes, runs, with_seeds(label, runs), **style)
 
 
-def plot_forest(axes: Axes, rows: list[tuple], original_label: str = "original") -> None:
+def plot_forest(axes: Axes, rows: list[tuple]) -> None:
     """A forest plot: for each (name, original's value or None, [(mean, interval or None, colour,
     label), ...]), from top to bottom, the means with their intervals and the original's value."""
     labelled = set()
@@ -242,7 +250,7 @@ def plot_forest(axes: Axes, rows: list[tuple], original_label: str = "original")
                 )
             axes.plot(mean, height, "o", color=color, markersize=3.5, label=once(label))
         if original is not None:
-            axes.plot(original, y, "D", color="black", markersize=3.5, label=once(original_label))
+            axes.plot(original, y, "D", color="black", markersize=3.5, label=once("original"))
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     if rows:
         axes.set_ylim(len(rows) - 0.5, -0.5)

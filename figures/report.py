@@ -25,12 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from figures import analysis_q2, analysis_q3, common, report_q2, report_q3
+from figures import common, report_q2, report_q3
 from figures.common import SEEDS, Experiment, Record, Records, markdown_table, scored
 from utils import UserError
 
 QUESTIONS = {"q2": report_q2, "q3": report_q3}
-ANALYSES = {report_q2: analysis_q2.analyse, report_q3: analysis_q3.analyse}
 GROUPS = {"report": ("report",), "all": ("report", "all"), "beyond": ("beyond",)}
 TEMPLATE = utils.ROOT / "figures" / "template.md"
 NOT_TRAINED = "*(not trained yet)*"
@@ -48,10 +47,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         is_general |= name == "data_path" and options.thumbnails
         if not options.train and not is_general and value != parser.get_default(name):
             raise UserError(f"--{name} needs --train")
-    labels = [x.label for question in QUESTIONS.values() for x in question.EXPERIMENTS]
-    if not fnmatch.filter(labels, options.only):
-        raise UserError(f"--only {options.only!r} matches no experiment, such as {labels[0]!r}")
+    if options.train and not any(chosen_experiments(q, options) for q in chosen_questions(options)):
+        labels = [x.label for q in QUESTIONS.values() for x in q.EXPERIMENTS]
+        problem = f"--only {options.only!r} matches no experiment, such as {labels[0]!r}"
+        raise UserError(f"{problem}, of --train {options.train} and --question")
     return options
+
+
+def chosen_questions(options: Namespace) -> list[ModuleType]:
+    """The questions of --question."""
+    return [QUESTIONS[options.question]] if options.question else list(QUESTIONS.values())
+
+
+def chosen_experiments(question: ModuleType, options: Namespace) -> list[Experiment]:
+    """A question's experiments that --train and --only choose."""
+    group = [x for x in question.EXPERIMENTS if x.group in GROUPS[options.train]]
+    return [x for x in group if fnmatch.fnmatchcase(x.label, options.only)]
 
 
 # fmt: off
@@ -153,18 +164,18 @@ def is_finished(question: ModuleType, record: Record, extra: Sequence[str] = ())
 
 def find_records(question: ModuleType, records: ByName) -> Records:
     """The finished records of a question's experiments; unfinished ones are named on stderr."""
-    found, unfinished = {}, {}
+    records_by_label, unfinished = {}, {}
     for experiment in question.EXPERIMENTS:
-        found[experiment.label] = []
+        runs = records_by_label.setdefault(experiment.label, [])
         dataset = choose_dataset(question, experiment, records)
         for args in configurations(question, experiment, len(SEEDS)):
             names = [name for name in run_names(question, args, dataset) if name in records]
             finished = [name for name in names if is_finished(question, records[name])]
-            found[experiment.label] += [records[name] for name in finished[:1]]
+            runs += [records[name] for name in finished[:1]]
             unfinished |= dict.fromkeys([] if finished else names)
     for name in unfinished:
         print(f"{name}: left out, its record lacks scores; --train completes it", file=sys.stderr)
-    return found
+    return records_by_label
 
 
 # ----------------------------------------------------------------------------------------------
@@ -174,14 +185,12 @@ def find_records(question: ModuleType, records: ByName) -> Records:
 def missing_jobs(question: ModuleType, options: Namespace, records: ByName) -> list[Job]:
     """The runs of the chosen experiments that have no finished record with all measures."""
     jobs = {}
-    for experiment in question.EXPERIMENTS:
-        matches = fnmatch.fnmatchcase(experiment.label, options.only)
-        if not matches or experiment.group not in GROUPS[options.train]:
-            continue
+    for experiment in chosen_experiments(question, options):
         dataset = choose_dataset(question, experiment, records)
         for args in configurations(question, experiment, options.seeds or experiment.seeds):
-            found = (records.get(name, {}) for name in run_names(question, args, dataset))
-            if not any(is_finished(question, record, experiment.extra) for record in found):
+            names = run_names(question, args, dataset)
+            finished = (is_finished(question, records.get(x, {}), experiment.extra) for x in names)
+            if not any(finished):
                 args = adapt(question, experiment, args, options)
                 name = question.script.make_run(args, dataset).name
                 jobs.setdefault(name, (experiment, args))  # two experiments may share a run
@@ -196,9 +205,10 @@ def adapt(
     given = {name: value for name, value in vars(options).items() if name in args}
     if experiment.data:
         given["data_dir"] = question.script.DATA_DIR / experiment.data
-    on_cpu = (options.device or utils.default_device()).startswith("cpu")
-    if is_bfloat16(args) and on_cpu and not utils.bfloat16_is_faster():
-        given["precision"] = "float32"
+    if is_bfloat16(args):
+        device = utils.prepare_device(options.device, options.threads or 1)  # the run's threads
+        if device.type == "cpu" and not utils.bfloat16_is_faster():
+            given["precision"] = "float32"
     return Namespace(**vars(args) | given)
 
 
@@ -259,7 +269,7 @@ def store_analysis(question: ModuleType, job: Job, data: Any, device: Any) -> No
     path = question.script.make_run(args, data).record
     record = utils.load_record(path)
     if question.is_scored(record) and not is_finished(question, record, experiment.extra):
-        analysis = ANALYSES[question](args, data, device, experiment.extra)
+        analysis = question.analyse(args, data, device, experiment.extra)
         utils.save_record(path, record | {"analysis": record.get("analysis", {}) | analysis})
 
 
@@ -353,30 +363,39 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     return ", ".join(f"{n} {texts.get(n)}" for n in names if before.get(n) != after.get(n))
 
 
+def write_thumbnails(folder: Path, options: Namespace) -> None:
+    """Write thumbnails.png from the photographs on which the records were made."""
+    records = load_records(folder / "runs")
+    args = Namespace(**vars(report_q2.script.parse_args([])) | {"data_path": options.data_path})
+    data = load_data(report_q2, (report_q2.EXPERIMENTS[0], args), records)
+    report_q2.save_thumbnails(folder / "thumbnails.png", find_records(report_q2, records), data)
+
+
+def train_missing(folder: Path, options: Namespace) -> list[str]:
+    """Train the runs without a record, or only list them. Returns the errors."""
+    records, errors = load_records(folder / "runs"), []
+    for question in chosen_questions(options):
+        jobs = missing_jobs(question, options, records)
+        if options.dry_run:
+            list_jobs(question, jobs, find_records(question, records))
+        else:
+            errors += train(question, jobs, options, records)
+    return errors
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, if asked to, and write the report."""
-    options, errors = parse_args(argv), []
+    options = parse_args(argv)
     folder = options.output_dir / "figures"
     if not options.train and not (folder / "runs").is_dir():
         raise UserError(f"{folder}: no run records; --train trains the runs")
-    if options.train:
-        records = load_records(folder / "runs")
-        for key in [options.question] if options.question else QUESTIONS:
-            question = QUESTIONS[key]
-            jobs = missing_jobs(question, options, records)
-            if options.dry_run:
-                list_jobs(question, jobs, find_records(question, records))
-            else:
-                errors += train(question, jobs, options, records)
-    if options.thumbnails and not options.dry_run:
-        args, records = report_q2.script.parse_args([]), load_records(folder / "runs")
-        args.data_path = options.data_path
-        data = load_data(report_q2, (report_q2.EXPERIMENTS[0], args), records)
-        found = find_records(report_q2, records)
-        report_q2.save_thumbnails(folder / "thumbnails.png", found, data)
-    if not options.dry_run:
-        write_report(folder, options.format)
-        print(f"Report: {folder / 'README.md'}")
+    errors = train_missing(folder, options) if options.train else []
+    if options.dry_run:
+        return
+    if options.thumbnails:
+        write_thumbnails(folder, options)
+    write_report(folder, options.format)
+    print(f"Report: {folder / 'README.md'}")
     if errors:
         raise UserError("; ".join(errors))
 

@@ -28,6 +28,7 @@ from figures.common import Experiment, Record, Records, markdown_table, mean_sd,
 # experiments
 
 DATA_NAME = "photographs"
+analyse = analysis_q2.analyse
 SHORT = "-learning_rate 0.01 -epochs 10"
 SHORT_BFLOAT16 = f"{SHORT} -precision bfloat16"
 SHORT_CYCLE = f"{SHORT_BFLOAT16} -schedule one_cycle"
@@ -63,14 +64,14 @@ SWINGS = {  # of validation accuracy
     "last batch merged, 10 epochs": SHORT,
     "last batch kept, 10 epochs": f"{SHORT} -last_batch keep",
 }
-WAYS = {  # to score an epoch: name, colour, line
+EVALUATIONS = {  # to score an epoch: name, colour, line
     "as they are": ("last weights", utils.VERMILION, "-"),
-    "statistics": ("statistics recomputed", utils.ORANGE, "--"),
-    "average": ("averaged weights", utils.BLUE, "-"),
+    "statistics": ("statistics recomputed", "0.5", "--"),
+    "average": ("averaged weights", "black", "-"),
 }
 LOCALITY = {"plain network": "", "fully connected": "-kernel_size 48"}  # first layer; 10 epochs
 LOCALITIES = tuple(f"{name}, {pixels}" for name in LOCALITY for pixels in script.PIXELS)
-SEEN = {pixels: f"plain network, {pixels}" for pixels in ("ordered", "scrambled")}
+VISUALISED = {pixels: f"plain network, {pixels}" for pixels in ("ordered", "scrambled")}
 SHAPES = {  # of the variant's blocks
     "kernels 3x3, max pooling": "", "kernels 5x5": "-kernel_size 5",
     "kernels 7x7": "-kernel_size 7", "two 3x3 per block": "-convs 2",
@@ -141,7 +142,7 @@ ARGUMENTS = {  # (group, seeds): {label: arguments}
 }
 EXTRA = {  # label: further measures, of analysis_q2.EXTRA
     **dict.fromkeys(SWINGS, ("epochs",)),
-    **dict.fromkeys(SEEN.values(), ("filters", "grad_cam")),
+    **dict.fromkeys(VISUALISED.values(), ("filters", "grad_cam")),
 }
 EXPERIMENTS = tuple(
     Experiment(label, arguments, seeds, group, extra=EXTRA.get(label, ()))
@@ -154,9 +155,8 @@ ORIGINAL_TOTALS = dict(zip(script.NETWORKS, (5_340_160, 752_640)))
 ORIGINAL_VALIDATION_IMAGES = 1404
 # Systems trained for 40 epochs at a constant rate, over which the spread between seeds is pooled.
 # Not KEPT, whose last batch of three images makes it swing more, nor rate 0.1, scrambled or not.
-FORTY = (
-    PLAIN, "plain, rate 0.001", VARIANT, "plain, scrambled", "plain, rate 0.001, scrambled",
-    "batch norm + pooling, scrambled", "batch norm, flattened", "global pooling, no batch norm",
+POOLED = (  # of 40 epochs at a constant rate, with ordered pixels
+    PLAIN, "plain, rate 0.001", VARIANT, "batch norm, flattened", "global pooling, no batch norm",
     "plain, dropout 0.3", "plain, weight decay 0.0005",
 )  # fmt: skip
 RATES = "plain, rate 0.1", PLAIN, "plain, rate 0.001"
@@ -305,18 +305,12 @@ def compare(records: Records, label: str, base: str, column: str) -> str:
     return common.describe_difference(values, baseline)
 
 
-def seed_spread(records: Records, split: str) -> common.Spread:
-    """How much the accuracies of runs of 40 epochs at a constant rate vary, pooled over FORTY."""
-    return common.pooled_spread(
-        [accuracy(run, split) for run in scored(records[label])] for label in FORTY
-    )
-
-
 def interval(records: Records, label: str, split: str) -> tuple[float, float] | None:
     """The 95 % prediction interval for a new run's accuracy. The original's validation images are
     another tenth of the training images, so both samples of images add p (1 - p) / N; the test
-    images are the same. The spread between seeds is that of FORTY, or of a system that is not among
-    them its own. None if a run diverged, for the others are a biased sample."""
+    images are the same. The variance between seeds is pooled over POOLED, over SCRAMBLED at the
+    rates .01 and .001, or over no others. None if a run diverged, for the others are a biased
+    sample."""
     runs = scored(records[label])
     if not runs or len(runs) < len(records[label]):
         return None
@@ -325,8 +319,9 @@ def interval(records: Records, label: str, split: str) -> tuple[float, float] | 
     if split == "val":
         p, count = statistics.mean(values), sum(map(sum, runs[0]["final"]["val"]["confusion"]))
         items = p * (1 - p) * (1 / count + 1 / ORIGINAL_VALIDATION_IMAGES)
-    spread = seed_spread(records, split) if label in FORTY else common.pooled_spread([values])
-    return common.prediction_interval(values, spread, items)
+    pool = next((pool for pool in (POOLED, SCRAMBLED[1:]) if label in pool), (label,))
+    groups = ([accuracy(run, split) for run in scored(records[x])] for x in pool)
+    return common.prediction_interval(values, common.pooled_spread(groups), items)
 
 
 def receptive_field(model: nn.Module) -> int:
@@ -396,7 +391,7 @@ def cell(column: str, runs: list[Record]) -> str:
     raise ValueError(f"no column {column!r}")
 
 
-def table(records: Records, labels: Iterable[str], columns: Iterable[str]) -> str | None:
+def table(records: Records, labels: Iterable[str], columns: Sequence[str]) -> str | None:
     """A row for each experiment with runs that did not diverge."""
     rows = [
         [label, *(cell(column, runs) for column in columns)]
@@ -411,21 +406,18 @@ def accuracy_table(records: Records, labels: Iterable[str]) -> str | None:
     the original's."""
     rows = []
     for label in labels:
-        runs, diverged = scored(records[label]), len(records[label]) - len(scored(records[label]))
-        if not runs:
-            continue
-        means, intervals, inside = [], [], []
-        for split, original in zip(("val", "test"), ORIGINAL[label]):
-            means.append(mean_sd([accuracy(run, split) for run in runs]))
-            bounds = interval(records, label, split)
-            intervals.append("{:.3f} to {:.3f}".format(*bounds) if bounds else "–")
-            inside.append(
-                ("yes" if bounds[0] <= original <= bounds[1] else "no") if bounds else "–"
+        if runs := scored(records[label]):
+            originals = dict(zip(("val", "test"), ORIGINAL[label]))
+            means = (mean_sd([accuracy(run, split) for run in runs]) for split in originals)
+            cells = (
+                common.interval_cells(interval(records, label, split), original)
+                for split, original in originals.items()
             )
-        originals = " / ".join(f"{value:.4f}" for value in ORIGINAL[label])
-        count = f"{len(runs)}" + (f" (+ {diverged} diverged)" if diverged else "")
-        row = label, originals, " / ".join(means), cell(LATE, runs), count
-        rows.append([*row, " / ".join(intervals), " / ".join(inside)])
+            columns = (f"{value:.4f}" for value in originals.values()), means, *zip(*cells)
+            original, mean, bounds, inside = map(" / ".join, columns)
+            diverged = len(records[label]) - len(runs)
+            count = f"{len(runs)} (+ {diverged} diverged)" if diverged else len(runs)
+            rows.append([label, original, mean, cell(LATE, runs), count, bounds, inside])
     head = "network", "original: validation / test", "this report, last epoch: validation / test"
     head += LATE, "runs", "95 % prediction interval: validation / test"
     return markdown_table((*head, "original inside? validation / test"), rows)
@@ -443,20 +435,6 @@ def compare_means(
     variance pooled over `labels`."""
     values, baseline = (values_of(column, records[x]) for x in (label, base))
     return common.unpaired_difference(values, baseline, spread(records, labels, column))
-
-
-def shapes_table(records: Records) -> str | None:
-    """Accuracies of SHAPES, and their differences from the first."""
-    base, rows, columns = next(iter(SHAPES)), [], ("validation", "test", "training")
-    for label in SHAPES:
-        if runs := scored(records[label]):
-            cells = []
-            for column in columns:
-                change = compare_means(records, SHAPES, label, base, column)
-                cells += [cell(column, runs), "" if label == base else change]
-            rows.append([label, *cells, len(runs)])
-    head = [name for column in columns for name in (column, "change")]
-    return markdown_table(["network", *head, "runs"], rows)
 
 
 def precision_effect(records: Records, column: str) -> str | None:
@@ -484,13 +462,13 @@ SWING_COLUMNS = "mean", "lowest", "change between epochs"
 
 
 def with_epochs(runs: list[Record]) -> list[Record]:
-    """The runs whose epochs were scored in all WAYS."""
+    """The runs whose epochs were scored in all EVALUATIONS."""
     return [run for run in runs if "epochs" in run["analysis"]]
 
 
 def late_swings(record: Record, way: str) -> dict[str, float]:
     """The SWING_COLUMNS of the second half of the epochs: validation accuracy's mean, its lowest
-    value, and its mean change from one epoch to the next, scored in one of WAYS."""
+    value, and its mean change from one epoch to the next, scored in one of EVALUATIONS."""
     values = record["analysis"]["epochs"][way]
     late = values[len(values) // 2 :]
     changes = (abs(b - a) for a, b in itertools.pairwise(late))
@@ -498,19 +476,19 @@ def late_swings(record: Record, way: str) -> dict[str, float]:
 
 
 def swings_table(records: Records) -> str | None:
-    """The SWING_COLUMNS of SWINGS, scored in all WAYS."""
+    """The SWING_COLUMNS of SWINGS, scored in all EVALUATIONS."""
     rows = []
     for label in SWINGS:
         runs = with_epochs(records[label])
-        for way, (name, *_) in WAYS.items() if runs else ():
-            found = [late_swings(run, way) for run in runs]
-            values = (mean_sd([row[column] for row in found]) for column in SWING_COLUMNS)
+        for way, (name, *_) in EVALUATIONS.items() if runs else ():
+            swings = [late_swings(run, way) for run in runs]
+            values = (mean_sd([row[column] for row in swings]) for column in SWING_COLUMNS)
             rows.append([label.partition(",")[0], name, *values, len(runs)])
     return markdown_table(["network", "scored with", *SWING_COLUMNS, "runs"], rows, text=2)
 
 
 def compare_ways(records: Records, label: str, way: str, base: str) -> str:
-    """The difference of late_swings' mean accuracy between two of WAYS, paired by seed."""
+    """The difference of late_swings' mean accuracy between two of EVALUATIONS, paired by seed."""
     runs = with_epochs(records[label])
     values, baseline = (
         common.by_seed(runs, lambda run, way=x: late_swings(run, way)["mean"]) for x in (way, base)
@@ -519,7 +497,7 @@ def compare_ways(records: Records, label: str, way: str, base: str) -> str:
 
 
 def swing_ratio(records: Records, way: str, base: str) -> str | None:
-    """The change between epochs scored in one of WAYS, divided by that in another: 'geometric mean
+    """The change between epochs scored in one of EVALUATIONS, divided by that in another: 'mean
     [95 % confidence interval]' over seeds (Student's t of the logarithms, of which those of one
     seed's SWINGS are averaged)."""
 
@@ -537,21 +515,28 @@ def swing_ratio(records: Records, way: str, base: str) -> str | None:
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def gains_table(records: Records, base: str, labels: Iterable[str]) -> str | None:
-    """Accuracies of a base experiment, and of those with one ingredient changed, with gains."""
-    rows, columns = [], (LATE, "validation", "test")
-    for label in (base, *labels):
-        if runs := scored(records[label]):
-            cells = []
-            for column in columns:
-                values, baseline = (
-                    common.by_seed(part, MEASURES[column]) for part in (runs, records[base])
-                )
-                gain = "" if label == base else common.difference(values, baseline)
-                cells += [mean_sd(list(values.values())), gain]
-            rows.append([label, *cells, len(runs)])
-    head = [name for column in columns for name in (column, "gain")]
-    return markdown_table(["recipe", *head, "runs"], rows)
+def change_table(
+    records: Records, base: str, labels: Iterable[str], columns: Sequence[str],
+    pooled: Sequence[str] = (),
+) -> str | None:  # fmt: skip
+    """Columns of MEASURES of a base experiment and of others, with the changes: paired by seed, or
+    of the means, with the variance pooled over the experiments `pooled`."""
+
+    def change(label, column):
+        if label == base:
+            return ""
+        if pooled:
+            return compare_means(records, pooled, label, base, column)
+        pair = (common.by_seed(records[x], MEASURES[column]) for x in (label, base))
+        return common.difference(*pair)
+
+    rows = [
+        [label, *(text for c in columns for text in (cell(c, runs), change(label, c))), len(runs)]
+        for label in (base, *labels)
+        if (runs := scored(records[label]))
+    ]
+    head = [name for column in columns for name in (column, "change")]
+    return markdown_table(["network", *head, "runs"], rows)
 
 
 def vector_table(
@@ -604,7 +589,7 @@ def filter_changes(records: Records, pixels: str) -> list[np.ndarray]:
     """What training changed in the first layer's kernels of the plain network's runs: for each an
     array (32, 3, 3, 3), output, channel, row, column."""
     changes = []
-    for run in scored(records[SEEN[pixels]]):
+    for run in scored(records[VISUALISED[pixels]]):
         if "filters" in run["analysis"]:
             args = common.parse_command(script, run)
             utils.seed_everything(args.seed)
@@ -622,7 +607,7 @@ def filter_table(records: Records) -> str | None:
         return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
     rows = []
-    for pixels in SEEN:
+    for pixels in VISUALISED:
         changes = [
             x / np.sqrt((x**2).sum((1, 2, 3), keepdims=True)).clip(1e-12)
             for x in filter_changes(records, pixels)
@@ -727,8 +712,8 @@ def draw_overfitting(records: Records) -> Figure | None:
     for axes, label in zip(panels.flat, labels):
         training = common.curves(records[label], "train_accuracy")
         validation = common.curves(records[label], "val_accuracy")
-        common.plot_bands(axes, training, "training", color=utils.VERMILION, linestyle="--")
-        common.plot_bands(axes, validation, "validation", color=utils.BLUE, linestyle="-")
+        common.plot_bands(axes, training, "training", color="0.4", linestyle="--")
+        common.plot_bands(axes, validation, "validation", color="black")
         title = common.with_seeds(label, training).replace(" (", "\n(")  # or neighbours touch
         axes.set_title(title)
     fig.supxlabel("Epoch", fontsize=10)
@@ -806,9 +791,8 @@ def draw_sweep(records: Records) -> Figure | None:
     if diverged:
         axes.plot(diverged, [0] * len(diverged), "xk", clip_on=False, label="diverged")
     axes.axhline(1 / len(utils.CLASSES), color="0.6", linestyle=":", label="chance")
-    axes.set(
-        xscale="log", xlabel="Learning rate", ylabel="Validation accuracy, epoch 5", ylim=(0, None)
-    )
+    axes.set(xscale="log", xlabel="Learning rate", ylim=(0, None))
+    axes.set(ylabel=f"Validation accuracy, epoch {SWEEP_EPOCHS}")
     axes.set_xticks(list(means), [f"{rate:g}" for rate in means])
     axes.minorticks_off()
     axes.legend(loc="lower left")
@@ -816,13 +800,13 @@ def draw_sweep(records: Records) -> Figure | None:
 
 
 def draw_swings(records: Records) -> Figure | None:
-    """Validation accuracy over epochs, scored in all WAYS, a panel for each of SWINGS."""
+    """Validation accuracy over epochs, scored in all EVALUATIONS, a panel for each of SWINGS."""
     measured = {label: runs for label in SWINGS if (runs := with_epochs(records[label]))}
     if not measured:
         return None
     fig, panels = utils.new_figure(5.6, 2.9, 1, len(measured), sharey=True, squeeze=False)
     for axes, (label, runs) in zip(panels.flat, measured.items()):
-        for key, (name, color, line) in WAYS.items():
+        for key, (name, color, line) in EVALUATIONS.items():
             values = [run["analysis"]["epochs"][key] for run in runs]
             common.plot_bands(axes, values, name, color=color, linestyle=line)
         axes.set_title(common.with_seeds(label.partition(",")[0], runs))
@@ -868,7 +852,7 @@ def draw_shapes(records: Records) -> Figure | None:
 def draw_filters(records: Records) -> Figure | None:
     """What training changed in the first layer's kernels of one plain network each on ordered and
     on scrambled pixels."""
-    rows = {pixels: filter_changes(records, pixels) for pixels in SEEN}
+    rows = {pixels: filter_changes(records, pixels) for pixels in VISUALISED}
     if not all(rows.values()):
         return None
     fig, panels = utils.new_figure(5.6, 2.0, 2, 1)
@@ -888,7 +872,7 @@ def draw_filters(records: Records) -> Figure | None:
 def draw_grad_cam(records: Records, thumbnails: Tensor) -> Figure | None:
     """Grad-CAM of one plain network each on ordered and on scrambled pixels: below each of six
     images, as the network sees it, the map."""
-    runs = {pixels: scored(records[label]) for pixels, label in SEEN.items()}
+    runs = {pixels: scored(records[label]) for pixels, label in VISUALISED.items()}
     images = thumbnails[-len(utils.CLASSES) - 1 : -1]
     has_maps = all(part and "grad_cam" in part[0]["analysis"] for part in runs.values())
     if not has_maps or len(images) < len(utils.CLASSES):
@@ -978,7 +962,7 @@ def draw_budgets(records: Records) -> Figure | None:
     axes.set(xscale="log", xlabel="Minutes of one thread", ylabel="Test accuracy")
     axes.set_xticks([0.25, 0.5, 1, 2, 4, 8, 16], ["1/4", "1/2", "1", "2", "4", "8", "16"])
     axes.minorticks_off()
-    axes.legend(loc="lower left", bbox_to_anchor=(0.45, 0.17))
+    common.legend_above(fig, axes, 3)
     return fig
 
 
@@ -989,9 +973,9 @@ def draw_running_mean(records: list[Record]) -> Figure | None:
         return None
     fig, axes = utils.new_figure()
     running = [(np.cumsum(run) / np.arange(1, len(run) + 1)).tolist() for run in losses]
-    style = {"color": utils.VERMILION, "linestyle": "--"}
-    common.plot_bands(axes, running, "mean since the first epoch", **style)
-    common.plot_bands(axes, losses, "mean of each epoch", color=utils.BLUE)
+    style = LINE_STYLES[PLAIN]
+    common.plot_bands(axes, running, "mean since the first epoch", **style | {"linestyle": "--"})
+    common.plot_bands(axes, losses, "mean of each epoch", **style)
     axes.set(xlabel="Epoch", ylabel="Training loss (nats)", ylim=(0, None))
     axes.legend()
     return fig
