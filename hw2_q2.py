@@ -644,7 +644,7 @@ RUNTIME_OPTIONS = (  # where and how a run is made: they do not identify it
     "count_params", "predict", "checkpoint", "json",
 )  # fmt: skip
 PRESETS = {
-    "report": {},
+    "assignment": {},
     "best": {
         "batch_size": 64, "learning_rate": 0.1, "momentum": 0.9, "schedule": "one_cycle",
         "epochs": 60, "l2_decay": 5e-4, "dropout": 0.0, "label_smoothing": 0.1,
@@ -683,7 +683,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 # fmt: off
 def make_parser() -> utils.Parser:
-    """The parser of the command line; its defaults are the original's recipe."""
+    """The parser of the command line; its defaults are the assignment's recipe."""
     parser = utils.Parser("hw2_q2.py", description=__doc__.rpartition("\n\n")[0])
     group = parser.add_argument_group
     add_training_options(group("training").add_argument)

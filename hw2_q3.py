@@ -6,8 +6,9 @@
     python hw2_q3.py spell "/həˈloʊ/" "W ER1 L D"    spell your own IPA, or ARPAbet
     python hw2_q3.py --use_attn --direction g2p      the other direction: pronounce written words
 
-Test CER / WER, greedy, mean ± standard deviation over 3 seeds: 0.216 ± 0.006 / 0.736 ± 0.013 with
-attention, 0.302 ± 0.009 / 0.808 ± 0.015 without; 2 to 5 minutes each on one thread of a CPU.
+Test CER / WER on the assignment's words, greedy, mean ± standard deviation over 3 seeds:
+0.216 ± 0.006 / 0.736 ± 0.013 with attention, 0.302 ± 0.009 / 0.808 ± 0.015 without; 2 to 5 minutes
+each on one thread of a CPU.
 
 model | symbols | decoding | scores | training | testing | spelling | options | main
 """
@@ -55,13 +56,13 @@ class Memory(NamedTuple):
 
 
 class BahdanauAttention(nn.Module):
-    """Additive attention, Bahdanau et al. 2015, section 3.1 and appendix A.1.2: position i has the
-    score v . tanh(W_h h_i + W_s s).
+    """Additive attention (Bahdanau et al. 2015, section 3.1 and appendix A.1.2): the score of the
+    encoder output h_i for the decoder state s is v . tanh(W_h h_i + W_s s).
 
-    Here s is the decoder's state after the current character, and the context joins it after the
-    LSTM, tanh(W [context; s]) (Luong et al. 2015, section 3.1), so all steps of a known target are
-    computed at once, for pairs of a state and a phoneme of its own word alone: in a batch of mixed
-    lengths, a quarter to a third of a padded (B, T, S).
+    As in Luong et al. 2015, section 3.1, s is the state after the current character, and the
+    attentional vector is tanh(W [context; s]). Without input feeding, all steps of a known target
+    are therefore computed at once. Padding is left out: in a batch of mixed lengths, only a quarter
+    to a half of (B, T, S) is computed.
     """
 
     def __init__(self, hidden_size: int):
@@ -287,8 +288,8 @@ def build_model(args: Namespace, source: "Vocabulary", target: "Vocabulary") -> 
 
 
 class Vocabulary:
-    """The symbols of one side, indexed from 0, the special ones first: a text has none of these,
-    even if it spells out "<pad>".
+    """The symbols of one side and their indices, the special ones first. No text is encoded as a
+    special symbol other than UNK, not even "<pad>".
 
     A symbol that is not in the training words is read as UNK, whose source embedding is never
     trained: it keeps its random initial value. spaced: spaces separate the symbols of a text, as in
@@ -792,7 +793,7 @@ def load_speller(
     path: Path, device: torch.device | str, direction: str | None = None
 ) -> tuple[Speller, Namespace, dict]:
     """The Speller with a checkpoint's best weights, its arguments and the checkpoint's content.
-    Raises UserError, also if it has another than the given direction."""
+    Raises UserError, also if the model was trained for the other direction."""
     saved = utils.load_checkpoint(path, device)
     with utils.checkpoint_errors(f"{path}: not a model of question 3"):
         args = parse_args(shlex.split(saved["command"])[2:])
@@ -982,7 +983,7 @@ class Candidate(NamedTuple):
     spellings: tuple[str, ...]
     log_prob: float
     score: float  # by which candidates are sorted: the log-probability, or a Reranker's
-    unlisted: tuple[str, ...]  # spellings that are not in the list of words
+    unlisted: tuple[str, ...]  # spellings that are not in the word list
     cut_off: int  # the number of words that reached --max_len
 
 
@@ -1040,10 +1041,10 @@ def choose_speller(
     try:
         path = checkpoint_file(args) or utils.best_checkpoint(folder, "q3-", rank, shipped)
     except UserError as error:
-        kept = overrides(args, ())
-        kept = {x: kept[x] for x in ("direction", "data_dir", "output_dir") if x in kept}
-        how = shlex.join(["python", "hw2_q3.py", "--use_attn", *utils.to_argv(DASH, kept)])
-        raise UserError(f"{error} on real words: {how}; or name one: --checkpoint_name FILE")
+        given = overrides(args, ())
+        given = {x: given[x] for x in ("direction", "data_dir", "output_dir") if x in given}
+        command = shlex.join(["python", "hw2_q3.py", "--use_attn", *utils.to_argv(DASH, given)])
+        raise UserError(f"{error} on real words: {command}; or name one: --checkpoint_name FILE")
     speller, trained, saved = load_speller(path, device, args.direction)
     name = utils.printable(saved["data"]["name"])
     names = {"sample": "the built-in SAMPLE", "pronunciations": "your words"}
@@ -1068,7 +1069,7 @@ def choose_reranker(
     except UserError as error:
         if args.lexicon is not None:
             raise
-        print(f"Spelling without a list of words: {error}", file=sys.stderr)
+        print(f"Spelling without a word list: {error}", file=sys.stderr)
         return None
     return Reranker(lexicon, recorded["weights"] if recorded.get("name") == name else Weights())
 
@@ -1081,10 +1082,10 @@ def recorded_lexicon(
         config = Namespace(**vars(trained) | {"output_dir": folder})
         path = make_run(config, Namespace(**about_data)).record
         try:
-            with utils.user_errors(f"{path}: its list of words is not used"):
-                if found := utils.load_record(path).get("final", {}).get("lexicon"):
-                    weights = Weights.from_json(found["weights"])
-                    return {"name": str(found["name"]), "weights": weights}
+            with utils.user_errors(f"{path}: its word list is not used"):
+                if lexicon := utils.load_record(path).get("final", {}).get("lexicon"):
+                    weights = Weights.from_json(lexicon["weights"])
+                    return {"name": str(lexicon["name"]), "weights": weights}
         except UserError as error:
             print(error, file=sys.stderr)
     return {}
@@ -1142,18 +1143,18 @@ def choose_candidates(
 
     best = [Candidate((), (), 0.0, 0.0, (), 0)]
     for word in text.words:
-        found = []  # a reading without an optional sound is less probable than the whole one
+        candidates = []  # a reading without an optional sound is less probable than the whole one
         for reading, row in zip(word, rows):
             omitted = OMISSION * (len(word[0]) - len(reading))
-            found += [candidate(reading, *c, c_score - omitted) for *c, c_score in row]
-        found = best_of(found, shown)
-        sums = (Candidate(*map(operator.add, a, b)) for a, b in itertools.product(best, found))
+            candidates += [candidate(reading, *c, c_score - omitted) for *c, c_score in row]
+        candidates = best_of(candidates, shown)
+        sums = (Candidate(*map(operator.add, a, b)) for a, b in itertools.product(best, candidates))
         best = best_of(sums, shown)
     return best if text.words else []
 
 
 def best_of(candidates: Iterable[Candidate], count: int) -> list[Candidate]:
-    """The best candidates, what was cut off last, and each spelling once."""
+    """The `count` best candidates with distinct spellings; those cut off at --max_len come last."""
     distinct = {}
     for candidate in sorted(candidates, key=lambda c: (c.cut_off > 0, -c.score)):
         distinct.setdefault(candidate.spellings, candidate)
@@ -1187,7 +1188,7 @@ RUNTIME_OPTIONS = (  # where and how a run is made: they do not identify it
     "data_dir", "output_dir", "checkpoint_name",
 )  # fmt: skip
 PRESETS = {
-    "report": {},
+    "assignment": {},
     "best": {
         "use_attn": True, "layers": 2, "hidden_size": 256, "dropout": 0.4, "n_epochs": 30,
         "schedule": "one_cycle", "label_smoothing": 0.1, "clip": 3.0, "embedding_scale": 0.1,
@@ -1209,14 +1210,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 # fmt: off
 def make_parser() -> utils.Parser:
-    """The parser of the command line; its defaults are the original's."""
+    """The parser of the command line; its defaults are the assignment's."""
     parser = utils.Parser("hw2_q3.py", "%(prog)s [train | test | spell IPA ...] [options]",
                           description=__doc__.rpartition("\n\n")[0])
     parser.add_argument("mode", nargs="?", metavar="MODE",
         help="train: only train; test: only test a trained model; spell: spell IPA "
         "(default: train, then test)")
     parser.add_argument("ipa", nargs="*", metavar="IPA",
-        help="for spell: IPA or ARPAbet of one or several words, in quotation marks")
+        help="for spell: IPA or ARPAbet of one or several words, in quotation marks; with "
+        "--direction g2p: written words")
     add_training_options(parser.add_argument_group("training").add_argument)
     add_model_options(parser.add_argument_group("model").add_argument)
     add_decoding_options(parser.add_argument_group("decoding").add_argument)
@@ -1239,9 +1241,9 @@ def add_training_options(add: Callable) -> None:
         help="folder of train.tsv, valid.tsv, test.tsv (default: data/, or else a built-in "
         "sample); for spell: use a model trained on these words")
     add("--checkpoint_name", type=Path, metavar="FILE",
-        help="checkpoint file; a name without a folder lies in checkpoints/ (default: named after "
-        "the run; for spell: of checkpoints/q3-*.pt that of the lowest validation CER, models of "
-        "the default words first)")
+        help="checkpoint file; a name without a folder lies in checkpoints/ (default: the run's "
+        "name; for spell: the checkpoint in checkpoints/ with the lowest validation CER, those "
+        "trained on the default words first, none trained on the sample; else the shipped model)")
 
 
 def add_model_options(add: Callable) -> None:
@@ -1266,17 +1268,19 @@ def add_model_options(add: Callable) -> None:
 def add_decoding_options(add: Callable) -> None:
     """Add the options of testing and spelling."""
     add("--nucleus", action="store_true",
-        help="also test nucleus (top-p) sampling; for spell: sample, without a list of words")
+        help="also test nucleus (top-p) sampling; for spell: sample, without a word list")
     add("--topp", type=utils.number(float, 0, 1, low_open=True), metavar="P",
         help="probability mass of the nucleus, implies --nucleus (default: 0.8)")
     add("--k", type=utils.number(int, 1, 100), default=3,
-        help="the k of WER@k; for spell: number of samples of --nucleus (default: %(default)s)")
+        help="the k of WER@k; for spell: number of samples of --nucleus, printed without "
+        "duplicates (default: %(default)s)")
     add("--beam_size", type=utils.number(int, 1, 100), metavar="N",
         help="also test beam search of this size; for spell: number of candidates (default: 1)")
     add("--lexicon", metavar="LIST",
-        help="also test a beam of 30 re-ranked by a list of words: a language of the package "
-        "wordfreq, such as en, or a file with a word on each line, optionally TAB and a count; for "
-        "spell: the list in the model's record by default; none turns it off")
+        help="also test a beam of 30, or of --beam_size if larger, re-ranked by a word list: a "
+        "language of the package wordfreq, such as en, or a file with a word on each line, "
+        "optionally TAB and a count; for spell: the list in the model's record by default; none "
+        "turns it off")
     add("--max_len", type=utils.number(int, 1, 1000), default=MAX_LEN,
         help="maximum length of a spelling (default: %(default)s)")
     add("--input", metavar="FILE",
@@ -1296,13 +1300,10 @@ def validate_args(args: Namespace) -> None:
     args.topp = 0.8 if args.topp is None else args.topp
     if args.lexicon == "none" and args.mode != "spell":
         args.lexicon = None
-    if is_g2p(args) and args.lexicon not in (None, "none"):
+    has_lexicon = args.lexicon not in (None, "none")
+    if is_g2p(args) and has_lexicon:
         raise UserError("--lexicon lists written words; --direction g2p writes phonemes")
-    if (
-        args.mode == "spell"
-        and args.nucleus
-        and (args.beam_size or args.lexicon not in (None, "none"))
-    ):
+    if args.mode == "spell" and args.nucleus and (args.beam_size or has_lexicon):
         raise UserError("spell: give either --nucleus, or --beam_size and --lexicon")
     if args.hidden_size % 2:
         raise UserError("--hidden_size must be even: each direction of the encoder has half of it")

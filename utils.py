@@ -149,8 +149,8 @@ def add_training_options(add: Callable, dash: str, presets: dict[str, dict]) -> 
     add(f"{dash}label_smoothing", type=probability, default=0.0,
         help="label smoothing: target probability spread over all classes (default: %(default)s)")
     best = " ".join(to_argv(dash, presets["best"]))
-    add(f"{dash}recipe", choices=presets, default="report",
-        help=f"preset: report, the original's, or best: {best} (default: %(default)s)")
+    add(f"{dash}recipe", choices=presets, default="assignment",
+        help=f"preset: assignment (its settings) or best: {best} (default: %(default)s)")
 
 
 def add_runtime_options(parser: Parser, dash: str, threads: str) -> None:

@@ -20,7 +20,8 @@ import utils
 from utils import UserError
 
 MAX_WORDS = 10**7
-OTHER_COUNT = re.compile(r'[,; ]\s*"?[\d.]+(e[-+]?\d+)?"?$|^[\d.]+[,; ]+\S', re.I)  # without TAB
+# A count that no TAB separates from the word.
+UNTABBED_COUNT = re.compile(r'[,; ]\s*"?[\d.]+(e[-+]?\d+)?"?$|^[\d.]+[,; ]+\S', re.I)
 Row = list[tuple[str, float]]  # a word's candidates (spelling, log-probability)
 
 # ----------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def load_lexicon(name: str) -> Lexicon:
         if path.is_file():
             return _normalised(name, path.name, read_counts(path))
     if not languages:
-        raise UserError(f"no file {name!r}; for wordfreq's lists of words: pip install wordfreq")
+        raise UserError(f"no file {name!r}; for wordfreq's word lists: pip install wordfreq")
     raise UserError(f"{name!r} is no file and no language of wordfreq: {' '.join(languages)}")
 
 
@@ -88,8 +89,8 @@ def read_counts(path: Path) -> dict[str, float]:
                 counts[word] = counts.get(word, 0) + count
     if not counts:
         raise UserError(f"{path}: has no words")
-    if any(map(str.isupper, counts)) and all(word == word.upper() for word in counts):
-        raise UserError(f"{path}: all words are in capitals; write them in lower case")
+    if 2 * sum(map(str.isupper, counts)) > len(counts):
+        raise UserError(f"{path}: most words are in capitals; write them in lower case")
     return counts
 
 
@@ -105,7 +106,8 @@ def parse_line(line: str) -> tuple[str, float]:
         number = float(count or 1)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf or (count and not word) or (OTHER_COUNT.search(word) and not tab):
+    is_untabbed = not tab and UNTABBED_COUNT.search(word)
+    if not 0 < number < math.inf or (count and not word) or is_untabbed:
         raise ValueError("expected a word, or a word, TAB and a positive number")
     return word, number
 
@@ -171,7 +173,7 @@ def score(
 
 @dataclass(frozen=True)
 class Reranker:
-    """Sorts spellings by their probability and by a list of words."""
+    """Sorts spellings by their probability and by a word list."""
 
     lexicon: Lexicon
     weights: Weights = Weights()
@@ -179,8 +181,6 @@ class Reranker:
     def rerank(self, candidates: list[Row]) -> list[list[tuple[str, float, float]]]:
         """Each word's candidates, best first, as (spelling, log-probability, score), sorted by
         their scores; those beyond the margin come last, as they were."""
-        if not candidates:
-            return []
         scores = score(*features(candidates, self.lexicon), self.weights).tolist()
         rows = ([(*c, x) for c, x in zip(row, part)] for row, part in zip(candidates, scores))
         return [sorted(row, key=lambda c: c[2], reverse=True) for row in rows]

@@ -48,9 +48,7 @@ def make_reader(known: Iterable[str], is_ipa: bool) -> Callable[[str], Text]:
         if "\0" in line or any(unicodedata.category(c) == "Cs" for c in line):
             return Text(line, [], "not UTF-8")
         words, unknown = read(line)
-        if not any(known.intersection(reading) for word in words for reading in word):
-            words = []
-        if line and not words:
+        if line and not any(known.intersection(reading) for word in words for reading in word):
             return Text(line, [], f"no {kind}s")
         signs = ", ".join(f'"{sign}"' for sign in unknown)
         return Text(line, words, f"no {kind} for {signs}" if unknown else "")
@@ -153,7 +151,7 @@ class PhonemeReader:
     """Reads IPA and ARPAbet as the phonemes in `known`, which are IPA."""
 
     def __init__(self, known: Iterable[str]):
-        self.exact = {decompose(symbol): symbol for symbol in known}
+        self.exact = {decompose(symbol): symbol for symbol in sorted(known)}
         folded = {fold(sign): symbol for sign, symbol in self.exact.items()}
         # Tied vowels whose own sign is unknown are two sounds: symbols for them are rare.
         self.folded = {s: symbol for s, symbol in folded.items() if not TIED_VOWELS.match(s)}
@@ -193,8 +191,9 @@ class PhonemeReader:
         return split_words([t.rstrip("?") for t in text.split() if t.strip(IGNORED)])
 
     def _segment(self, tokens: list[str]) -> tuple[tuple[str, ...], list[str]]:
-        """The phonemes of tokens, by longest match, and what matches none. Of that, letters stay
-        among the phonemes; diacritics do not, and are named with the phoneme that they follow."""
+        """Split tokens into phonemes by longest match. Returns the phonemes and the signs without
+        a match. Of these, a letter stays among the phonemes; a diacritic is dropped and reported
+        with the phoneme before it."""
         phonemes, unknown = [], []
         for token in tokens:
             while token:

@@ -36,11 +36,11 @@ RECIPE_BEST = "-recipe best -precision bfloat16"
 RECIPE_BEST_20 = f"{RECIPE_BEST} -epochs 20"
 PLAIN, VARIANT = "plain, rate 0.01", "batch norm + pooling"
 KEPT = "batch norm + pooling, last batch kept"
-ORIGINAL_10, BEST_20 = "the original's recipe, 10 epochs", "best recipe, 20 epochs"
+ORIGINAL_10, BEST_20 = "the assignment's recipe, 10 epochs", "best recipe, 20 epochs"
 BEST, NOT_ERASED = "best recipe", "best recipe without erasing"
 RESNET_20, BEST_RESNET = "residual, 20 epochs, no erasing", "residual network"
 UNSMOOTHED = "without label smoothing"
-ADDED = {  # to the original's recipe
+ADDED = {  # to the assignment's recipe
     "with momentum": "-momentum 0.9",
     "with one cycle": "-schedule one_cycle",
     "with batch size 64, rate 0.08": "-batch_size 64 -learning_rate 0.08",
@@ -898,7 +898,7 @@ def draw_grad_cam(records: Records, thumbnails: Tensor) -> Figure | None:
 def budgets(records: Records) -> dict[str, dict[int, tuple[float, list[float]]]]:
     """{recipe: {epochs: (minutes, test accuracies)}} of the recipes that were trained with several
     budgets. The minutes are the epochs, with validation, times the fastest epoch of TIMED runs."""
-    recipes = {"the original's recipe": {40: VARIANT}}
+    recipes = {"the assignment's recipe": {40: VARIANT}}
     for model, longest in (("cnn", BEST), ("resnet", BEST_RESNET)):
         recipes[longest] = {e: label for (m, e), label in BUDGETS.items() if m == model}
         recipes[longest] |= ({20: BEST_20} if longest == BEST else {}) | {60: longest}

@@ -30,10 +30,10 @@ DECODINGS = {
 }
 DECODING = f"--nucleus --beam_size {BEAM_SIZE}"
 PLAIN, ATTENTION = "no attention", "attention"
-TRAINED_BETTER, G2P = "attention, input feeding, one cycle", "pronunciation (g2p)"
+TRAINED_BETTER, G2P = "input feeding, one cycle", "pronunciation (g2p)"
 BEST, ENSEMBLE = "best recipe", "best recipe, ensemble of five"
 ALL, ALL_ENSEMBLE = "all of WikiPron", "all of WikiPron, ensemble of three"
-STEPS = {  # cumulative, from the original's model with attention to the best recipe
+STEPS = {  # cumulative, from the assignment's model with attention to the best recipe
     "+ one cycle, 30 epochs": "--schedule one_cycle --n_epochs 30",
     "+ label smoothing": "--label_smoothing 0.1",
     "+ small embeddings": "--embedding_scale 0.1",
@@ -42,7 +42,7 @@ STEPS = {  # cumulative, from the original's model with attention to the best re
     "+ two layers": "--layers 2",
 }
 SMOOTHING = "+ one cycle, 30 epochs", "+ label smoothing"  # without and with it
-LISTED = ("lexicon",)  # further scores: with a list of words
+LISTED = ("lexicon",)  # further scores: with a word list
 LANGUAGES = {"UK English": ("uk", "en"), "Portuguese": ("portuguese", "pt")}  # data, wordfreq's
 RECIPE_BEST = f"--recipe best {DECODING}"
 RECIPE_ALL = f"{RECIPE_BEST} --lexicon en --dropout 0.2 --n_epochs 12"
@@ -52,12 +52,12 @@ SMALL = "--use_attn --embedding_scale 0.1 --input_feeding --dropout 0.2 --schedu
 
 
 def step_arguments(count: int) -> str:
-    """The arguments of the original's model with the first `count` of STEPS."""
+    """The arguments of the assignment's model with the first `count` of STEPS."""
     return " ".join(["--use_attn", *list(STEPS.values())[:count], DECODING])
 
 
 def words_label(words: int) -> str:
-    """The label of the original's model trained on so many words."""
+    """The label of the assignment's model trained on so many words."""
     return f"attention, {words:,} words"
 
 
@@ -82,8 +82,12 @@ EXPERIMENTS = (
         members=ALL, extra=LISTED,
     ),
     Experiment(G2P, f"{RECIPE_BEST} --direction g2p", 2, "beyond"),
+    *(Experiment(name, RECIPE_BEST, 2, "beyond", data) for name, (data, _) in LANGUAGES.items()),
     *(
-        Experiment(name, f"{RECIPE_BEST} --lexicon {lexicon}", 2, "beyond", data, extra=LISTED)
+        Experiment(
+            f"{ATTENTION}, {name}", f"{step_arguments(0)} --lexicon {lexicon}", 2, "beyond", data,
+            extra=LISTED,
+        )
         for name, (data, lexicon) in LANGUAGES.items()
     ),
     *(
@@ -146,12 +150,12 @@ def error(
 
 
 def with_list(runs: list[Record]) -> list[Record]:
-    """The runs that were also scored with a list of words."""
+    """The runs that were also scored with a word list."""
     return [run for run in runs if "lexicon" in run["final"]]
 
 
 def listed_words(record: Record) -> dict[str, np.ndarray]:
-    """The indices of all test words, of those in the list of words, and of the others."""
+    """The indices of all test words, of those in the word list, and of the others."""
     listed = np.array(record["final"]["lexicon"]["listed"], dtype=bool)
     masks = {"all": np.ones_like(listed), "in the list": listed, "not in the list": ~listed}
     return {name: np.flatnonzero(mask) for name, mask in masks.items()}
@@ -236,13 +240,13 @@ def error_table(records: Records, keys: Iterable[tuple[str, str]]) -> str | None
 
 
 def lexicon_table(records: Records) -> str | None:
-    """Error rates of a beam without and with a list of words, of the experiments that have both: of
+    """Error rates of a beam without and with a word list, of the experiments that have both: of
     all test words, of those in the list, and of the others."""
     rows = []
     for label, runs in records.items():
         runs = with_list(runs)
         for name in listed_words(runs[0]) if runs else ():
-            row = [label, f"{len(listed_words(runs[0])[name])} words, {name}"]
+            row = [label, f"{len(listed_words(runs[0])[name]):,} words, {name}"]
             for measure, how in itertools.product(("cer", "wer", "wer@3"), ("beam", "lexicon")):
                 row.append(mean_sd([error(r, how, measure, listed_words(r)[name]) for r in runs]))
             rows.append([*row, len(runs)])
@@ -251,7 +255,7 @@ def lexicon_table(records: Records) -> str | None:
 
 
 def lexicon_gain(runs: list[Record], words: str = "all") -> str:
-    """The change of the WER of a beam by a list of words, paired by seed; words: a key of
+    """The change of the WER of a beam by a word list, paired by seed; words: a key of
     `listed_words`."""
 
     def wer(decoding):
@@ -357,7 +361,7 @@ def sampling_table(records: Records, temperatures: Sequence[float] = (0.6, 1.0))
 
 
 def words_table(records: Records) -> str | None:
-    """Greedy test error rates of the original's model by the number of training words."""
+    """Greedy test error rates of the assignment's model by the number of training words."""
     rows = []
     for n in WORDS:
         if runs := records[words_label(n)]:
@@ -387,7 +391,7 @@ def results_table(records: Records, labels: Iterable[str]) -> str | None:
 
 
 def steps_table(records: Records) -> str | None:
-    """What each step from the original's model to the best recipe gains in validation CER."""
+    """What each step from the assignment's model to the best recipe gains in validation CER."""
     rows, before = [], None
     for label in (ATTENTION, *STEPS, BEST):
         valid = common.by_seed(records[label], lambda run: min(run["history"]["val_cer"]))
@@ -458,7 +462,7 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
         curves = [run["analysis"]["curves"][decoding] for run in runs]
         common.plot_bands(axes, curves, common.with_seeds(name, runs), ".", **style)
     greedy = np.mean([run["final"]["greedy"]["wer"] for run in runs])
-    axes.axhline(greedy, color="0.5", linestyle=":", label="greedy")
+    axes.axhline(greedy, color=utils.ORANGE, linestyle=":", label="greedy")
     original = ORIGINAL[ATTENTION, "nucleus"][1:]
     axes.plot([1, K], original, "D", color="black", markersize=4, label="nucleus, original")
     axes.set_xticks(range(1, analysis_q3.N_CANDIDATES + 1))
@@ -468,7 +472,7 @@ def draw_wer_at_k(runs: list[Record]) -> Figure | None:
 
 
 def draw_lexicon(runs: list[Record]) -> Figure | None:
-    """WER@k of a beam with and without a list of words, for the words in the list and the others,
+    """WER@k of a beam with and without a word list, for the words in the list and the others,
     a panel each."""
     runs = with_list(runs)
     if not runs:
@@ -492,7 +496,7 @@ def draw_lexicon(runs: list[Record]) -> Figure | None:
 
 
 def errors_by_words(records: Records, measure: str) -> dict[int, list[float]]:
-    """{training words: greedy test error rates} of the original's model with attention."""
+    """{training words: greedy test error rates} of the assignment's model with attention."""
     runs = {n: records[words_label(n)] for n in WORDS}
     return {n: [error(r, "greedy", measure) for r in part] for n, part in runs.items() if part}
 
@@ -504,14 +508,15 @@ def draw_words(records: Records) -> Figure | None:
         if not (groups := errors_by_words(records, measure)):
             return None
         means = list(map(np.mean, groups.values()))
-        axes.plot(groups.keys(), means, color=color, label=measure.upper())
+        axes.plot(groups.keys(), means, color=color)
+        name = {"xytext": (0, 8), "textcoords": "offset points", "color": color}
+        axes.annotate(measure.upper(), (max(groups), means[-1]), ha="right", **name)
         for n, values in groups.items():
             axes.plot([n] * len(values), values, "o", color=color, markersize=4, alpha=0.6)
     axes.set(xscale="log", yscale="log", xlabel="Training words", ylabel="Test error rate")
     axes.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
     axes.set_xticks(list(groups), [f"{n:,}" for n in groups], rotation=30)
     axes.minorticks_off()
-    axes.legend()
     return fig
 
 
@@ -567,8 +572,7 @@ def draw_main_results(records: Records) -> Figure | None:
                 name = None if y else DECODINGS[way]
                 axes.plot(errors, [y + shift] * len(errors), "o", label=name, **style)
                 axes.plot(np.mean(errors), y + shift, "|", color="black", markersize=9)
-    names = [common.with_seeds(x, runs) if len(runs) > 1 else x for x, runs in shown.items()]
-    axes.set_yticks(range(len(shown)), names)
+    axes.set_yticks(range(len(shown)), [label.replace(", ", ",\n", 1) for label in shown])
     axes.set(xlabel="Test WER", ylim=(len(shown) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
     common.mark_original(axes, ORIGINAL[ATTENTION, "greedy"][1])

@@ -47,7 +47,7 @@ def test_help_has_commands_and_every_option_with_its_default(question, capsys):
 RUNS = {  # on each line the command lines of one run
     "q2": f"""
  | -learning_rate 1e-2 -epochs 40 -batch_size 8 -optimizer sgd -momentum 0 -l2_decay 0 -seed 42 42 \
- | -dropout 0.1 -head gap -pool max -last_batch merge -augment -tta -recipe report \
+ | -dropout 0.1 -head gap -pool max -last_batch merge -augment -tta -recipe assignment \
  | -threads 3 -jobs 2 -device cpu -restart -data_path x.npz -output_dir .
 -learning_rate 0.1 -seed 3
 -head flatten
@@ -70,7 +70,7 @@ RUNS = {  # on each line the command lines of one run
 -recipe best -model resnet""",
     "q3": f"""
  | --n_epochs 20 --batch_size 64 --lr 3e-3 --dropout 0.3 --hidden_size 128 --layers 1 --seed 42 \
- | --nucleus --topp 0.9 --k 5 --beam_size 5 --max_len 9 --direction p2g --recipe report \
+ | --nucleus --topp 0.9 --k 5 --beam_size 5 --max_len 9 --direction p2g --recipe assignment \
  | --threads 3 --jobs 2 --device cpu --restart --data_dir a --output_dir . --checkpoint_name x.pt
 --use_attn --lr 0.01 | --lr 0.01 --use_attn
 --seed 2
