@@ -497,9 +497,9 @@ def compare_ways(records: Records, label: str, way: str, base: str) -> str:
 
 
 def swing_ratio(records: Records, way: str, base: str) -> str | None:
-    """The change between epochs scored in one of EVALUATIONS, divided by that in another: 'mean
-    [95 % confidence interval]' over seeds (Student's t of the logarithms, of which those of one
-    seed's SWINGS are averaged)."""
+    """The change between epochs scored in one of EVALUATIONS, divided by that in another:
+    'geometric mean [95 % confidence interval]' over seeds (Student's t of the logarithms, of which
+    those of one seed's SWINGS are averaged)."""
 
     def log_ratio(run):
         above, below = (late_swings(run, x)[SWING_COLUMNS[-1]] for x in (way, base))

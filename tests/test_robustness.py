@@ -182,7 +182,7 @@ def test_a_killed_run_resumes_to_the_same_bits(question, commands, tmp_path, pyt
             remaining -= 1
             assert status == (-signal.SIGKILL if kill == signal.SIGKILL else 130), output
             if status == 130:
-                assert "interrupted; run the same command again" in output.splitlines()[-1]
+                assert "the same command without restart resumes it" in output.splitlines()[-1]
                 assert "Traceback" not in output
         status, output, _ = run_child(question, argv, folder)
         assert status == 0, output
