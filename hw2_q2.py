@@ -360,8 +360,8 @@ def train(args: Namespace) -> None:
                 for column, value in row.items():
                     history.setdefault(column, []).append(value)
                 seconds.append(time.perf_counter() - started)
-                print(EPOCH_LINE.format(epoch, args.epochs, seconds[-1], **row), flush=True)
                 utils.save_checkpoint(run, model, optimizer, history, seconds)
+                print(EPOCH_LINE.format(epoch, args.epochs, seconds[-1], **row), flush=True)
         record = utils.new_record(run, model, history, seconds)
         record["final"] = score(model, splits, args.tta)
         print(summary(record, "\n"))

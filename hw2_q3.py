@@ -608,12 +608,12 @@ def train(args: Namespace, run: Run, data: Pronunciations, device: torch.device)
                 for column, value in row.items():
                     history.setdefault(column, []).append(value)
                 seconds.append(time.perf_counter() - started)
+                more = {"best": best, "symbols": symbols}
+                utils.save_checkpoint(run, model, optimizer, history, seconds, **more)
                 scores = f"Training loss: {row['train_loss']:.4f}  Validation {rate}: "
                 scores += f"{row['val_cer']:.4f}  Validation WER: {row['val_wer']:.4f}"
                 took = f"({seconds[-1]:.1f} s)"
                 print(f"Epoch {epoch:2}/{args.n_epochs}  {scores}  {took}", flush=True)
-                more = {"best": best, "symbols": symbols}
-                utils.save_checkpoint(run, model, optimizer, history, seconds, **more)
         path, title = run.figures / "validation-cer.png", figure_title(args, data.name)
         utils.plot_curve(path, title, f"Validation {rate}", history["val_cer"])
         if args.mode == "train":

@@ -591,6 +591,8 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """
     temporary = path.with_name(f".{path.name}.part{path.suffix}")
     try:
+        if path.exists() and not path.is_file():  # such as /dev/null, which would be replaced
+            raise UserError(f"{path}: cannot be written (not a file)")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb+") as file:

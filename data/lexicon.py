@@ -96,7 +96,7 @@ def read_counts(path: Path) -> dict[str, float]:
 
 def parse_line(line: str) -> tuple[str, float]:
     """A word, '' in a blank line, and its count. Raises ValueError."""
-    if re.search("[\udc80-\udcff]", line):  # bytes that the file was opened to keep
+    if re.search("[\0\udc80-\udcff]", line):  # bytes that the file was opened to keep
         raise ValueError("not UTF-8; save it as UTF-8 text")
     if len(line) > utils.MAX_SYMBOLS:
         raise ValueError(f"a line of more than {utils.MAX_SYMBOLS:,} characters")

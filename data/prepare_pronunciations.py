@@ -199,11 +199,12 @@ def write_splits(folder: Path, splits: dict[str, list[Pair]], replace: bool) -> 
             utils.write_file(part, lambda file, path=path: file.write_bytes(contents[path]))
         for path, part in parts.items():
             utils.write_file(path, part.replace)
-            print(f"Wrote {len(splits[path.stem]):,} pairs to {path}")
     finally:
         for part in parts.values():
             with contextlib.suppress(OSError):
                 part.unlink()
+    for path in contents:
+        print(f"Wrote {len(splits[path.stem]):,} pairs to {path}")
 
 
 # ----------------------------------------------------------------------------------------------

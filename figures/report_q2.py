@@ -216,7 +216,7 @@ def save_thumbnails(path: Path, records: Records, data: utils.Landscapes) -> Non
     which Grad-CAM is shown, and, last, SHOWN."""
     images, labels = data.splits["test"]
     errors = [row[0] for row in shipped_errors(records)]
-    indices = [*errors, *analysis_q2.first_images(labels), SHOWN]
+    indices = [*errors, *analysis_q2.first_images(labels), min(SHOWN, len(labels) - 1)]
     sheet = images[indices].permute(2, 0, 3, 1).flatten(1, 2)  # (48, N * 48, 3)
     utils.write_file(path, lambda file: Image.fromarray(sheet.numpy()).save(file))
 
@@ -269,7 +269,8 @@ def first_epoch(record: Record) -> int | None:
 def recalls(record: Record) -> dict[str, float]:
     """The recall of each class on the test images."""
     confusion = record["final"]["test"]["confusion"]
-    return {name: row[i] / sum(row) for i, (name, row) in enumerate(zip(utils.CLASSES, confusion))}
+    rows = enumerate(zip(utils.CLASSES, confusion))
+    return {name: row[i] / sum(row) if any(row) else math.nan for i, (name, row) in rows}
 
 
 def shifted(record: Record) -> dict[str, float]:
@@ -941,7 +942,7 @@ def draw_budgets(records: Records) -> Figure | None:
     """Test accuracy against minutes of training, a dot per run and a line through the means."""
     if not (points := budgets(records)):
         return None
-    fig, axes = utils.new_figure(5.0, 3.2)
+    fig, axes = utils.new_figure(5.6, 3.3)
     colors = utils.VERMILION, utils.BLUE, utils.GREEN
     for (recipe, row), color in zip(points.items(), colors):
         for epochs, (minutes, values) in row.items():

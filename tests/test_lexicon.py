@@ -70,6 +70,7 @@ def test_a_file_of_words_with_and_without_counts(tmp_path, content, frequencies)
         ("CAT\nDOG 2\t3\n", "most words are in capitals"),
         (b"cat\ncaf\xe9\n", "line 2: not UTF-8"),
         ("cat".encode("utf-16"), "line 1: not UTF-8"),
+        ("cat".encode("utf-16-le"), "line 1: not UTF-8"),
     ],
 )
 def test_a_file_that_is_no_list_is_refused(tmp_path, content, message):

@@ -227,6 +227,13 @@ def test_whether_the_originals_accuracy_is_inside():
     assert row(accurate(500, 500), accurate(505, 495, 1)).endswith("| no / no |")
 
 
+def test_recall_of_a_class_without_test_images():
+    recalls = q2.recalls(accurate(1, 3))
+    assert recalls["buildings"] == 0.25
+    confusion = [[0] * 6] * 6
+    assert math.isnan(q2.recalls({"final": {"test": {"confusion": confusion}}})["sea"])
+
+
 def test_calibration():
     record = {"analysis": {"calibration": [[0, None, None], [40, 0.25, 0.5], [60, 0.75, 0.75]]}}
     assert q2.calibration_error(record) == pytest.approx(0.4 * 0.25)  # 40 images are .25 off

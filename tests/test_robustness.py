@@ -264,6 +264,21 @@ def test_a_full_disk_costs_no_finished_epoch(start, question, tmp_path, fails, m
 
 
 @both_questions
+def test_an_epoch_is_saved_before_it_is_printed(start, question, monkeypatch, capsys):
+    def full(*texts, **more):
+        if str(texts).startswith("('Epoch"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    main, argv = start(question)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", full)
+        with pytest.raises(OSError, match="No space left"):
+            main(argv)
+    main(argv)
+    assert "Resuming after epoch 1" in capsys.readouterr().out
+
+
+@both_questions
 def test_a_folder_that_cannot_be_written(start, question, monkeypatch, tmp_path, fails):
     for code in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO):
         replace = Mock(side_effect=OSError(code, os.strerror(code)))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -125,6 +126,12 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(utils.os, "replace", calls.replace)
     utils.write_file(tmp_path / "x.json", lambda file: file.write_text("{}"))
     assert [call[0] for call in calls.method_calls] == ["fsync", "replace"]
+
+
+def test_only_a_file_is_replaced():
+    """A device would be gone."""
+    with pytest.raises(UserError, match="not a file"):
+        utils.write_file(Path(os.devnull), Mock())
 
 
 @pytest.mark.parametrize(("system", "tries"), [("nt", 3), ("posix", 1)])
