@@ -300,10 +300,13 @@ def calibration_error(record: Record) -> float:
     return sum(n * abs(p - correct) for n, p, correct in rows) / sum(n for n, _, _ in rows)
 
 
-def compare(records: Records, label: str, base: str, column: str) -> str:
+def compare(
+    records: Records, label: str, base: str, column: str,
+    describe: Callable[[dict, dict], str] = common.describe_difference,
+) -> str:  # fmt: skip
     """The difference of a column of MEASURES between two experiments, paired by seed."""
     values, baseline = (common.by_seed(records[x], MEASURES[column]) for x in (label, base))
-    return common.describe_difference(values, baseline)
+    return describe(values, baseline)
 
 
 def interval(records: Records, label: str, split: str) -> tuple[float, float] | None:

@@ -30,7 +30,7 @@ DECODINGS = {
 }
 DECODING = f"--nucleus --beam_size {BEAM_SIZE}"
 PLAIN, ATTENTION = "no attention", "attention"
-TRAINED_BETTER, G2P = "input feeding, one cycle", "pronunciation (g2p)"
+INPUT_FEEDING, G2P = "input feeding, one cycle", "pronunciation (g2p)"
 BEST, ENSEMBLE = "best recipe", "best recipe, ensemble of five"
 ALL, ALL_ENSEMBLE = "all of WikiPron", "all of WikiPron, ensemble of three"
 STEPS = {  # cumulative, from the assignment's model with attention to the best recipe
@@ -66,7 +66,7 @@ SIZES = [words_label(words) for words in WORDS]
 EXPERIMENTS = (
     Experiment(PLAIN, DECODING),
     Experiment(ATTENTION, f"{step_arguments(0)} --lexicon en", extra=LISTED),
-    Experiment(TRAINED_BETTER, f"{SMALL} {DECODING}", 3, "beyond"),
+    Experiment(INPUT_FEEDING, f"{SMALL} {DECODING}", 3, "beyond"),
     *(
         Experiment(step, step_arguments(i), 3, "beyond", extra=("sampling",) * (step in SMOOTHING))
         for i, step in enumerate(STEPS, 1)
@@ -99,7 +99,7 @@ EXPERIMENTS = (
     ),
 )  # fmt: skip
 OTHERS = G2P, *LANGUAGES
-MAIN_RESULTS = ATTENTION, TRAINED_BETTER, BEST, ENSEMBLE, ALL, ALL_ENSEMBLE
+MAIN_RESULTS = ATTENTION, INPUT_FEEDING, BEST, ENSEMBLE, ALL, ALL_ENSEMBLE
 LINE_STYLES = {  # of an experiment, the same in every figure
     PLAIN: {"color": "0.3", "linestyle": "--"},
     ATTENTION: {"color": utils.VERMILION},

@@ -425,7 +425,7 @@ def test_the_committed_report_is_that_of_the_committed_records(committed):
     written = contents(committed)
     text = written.pop("README.md").decode()
     assert text == (FIGURES / "README.md").read_text(encoding="utf-8")
-    assert "0 pairs" not in text and report.NOT_TRAINED not in text  # all experiments have runs
+    assert ", 0 pairs" not in text and report.NOT_TRAINED not in text  # all experiments have runs
     named = set(re.findall(r"\(([\w-]+\.png)\)", text))
     assert written.keys() == named | {"thumbnails.png"}
     assert written.keys() == {path.name for path in FIGURES.glob("*.png")} - {"benchmark.png"}
