@@ -181,6 +181,8 @@ class Reranker:
     def rerank(self, candidates: list[Row]) -> list[list[tuple[str, float, float]]]:
         """Each word's candidates, best first, as (spelling, log-probability, score), sorted by
         their scores; those beyond the margin come last, as they were."""
+        if not candidates:
+            return []
         scores = score(*features(candidates, self.lexicon), self.weights).tolist()
         rows = ([(*c, x) for c, x in zip(row, part)] for row, part in zip(candidates, scores))
         return [sorted(row, key=lambda c: c[2], reverse=True) for row in rows]

@@ -58,7 +58,7 @@ def files_in_archive(archive: zipfile.ZipFile) -> Iterator[File]:
             raise UserError(f"{archive.filename}: refused, {entry.filename!r} unpacks to {size}")
         parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
         is_file = not entry.filename.endswith("/")  # is_dir() fails where there is no name
-        if is_file and not any(map(image_files.is_hidden, parts)):
+        if is_file and not any(image_files.is_hidden(part) for part in parts if part != ".."):
             yield parts, functools.partial(archive.read, entry)
 
 

@@ -205,9 +205,9 @@ def adapt(
     given = {name: value for name, value in vars(options).items() if name in args}
     if experiment.data:
         given["data_dir"] = question.script.DATA_DIR / experiment.data
-    if is_bfloat16(args):
-        device = utils.prepare_device(options.device, options.threads or 1)  # the run's threads
-        if device.type == "cpu" and not utils.bfloat16_is_faster():
+    if is_bfloat16(args) and (options.device or utils.default_device()).startswith("cpu"):
+        utils.prepare_device("cpu", options.threads or 1)  # the run's threads
+        if not utils.bfloat16_is_faster():
             given["precision"] = "float32"
     return Namespace(**vars(args) | given)
 

@@ -469,6 +469,9 @@ def test_bad_archives_are_refused_as_a_whole(fails, entries, message):
 @cases("pattern, replacement", {  # in the names of files
     "no folder repeated": ("seg_train/seg_train", "seg_train"),
     "a folder above": ("^", "photographs of 2018/"),
+    "a parent folder": ("^", "../"),  # read in place, so nothing is written there
+    "an absolute path": ("^", "/"),
+    "a drive": ("^", "C:/"),
     "capital letters": ("s", "S"),
     "folders inside those of classes": ("sea/(?=1)", "sea/from Kaggle/"),
 })  # fmt: skip

@@ -118,6 +118,7 @@ def test_reranking_by_hand():
     assert rerank(ROWS[0], 0, 1, 0.5, math.inf) == [words[i] for i in (1, 0, 2, 3)]
     # Beyond the margin nothing wins.
     assert rerank(ROWS[0], 0, 9, 0, 0.4) == words
+    assert Reranker(LIST).rerank([]) == []
 
 
 def test_capitals_of_a_list():
